@@ -1,0 +1,97 @@
+"""What a method is: a frozen declaration whose fields are its configuration, and a handful of pure functions.
+
+A method is one file in this folder; the file's public class is found by name. From the declaration follow the YAML keys, the
+parameter count, the file format, the docs row and the law suite.
+
+    forward(x, part, host)   the definition: slow, plain, what the paper says
+    lower(part, host)        the same as primitives (`types.py`), which training and the engine run
+    merged(part, host)       the same as a plain weight, where the mathematics allows
+
+The law that every method is tested against: forward = lowered = merged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from veneer.adapter import HostSource, Part
+from veneer.base.host import Host
+from veneer.errors import Unsupported
+from veneer.registry import Registry
+from veneer.types import Factors, HostShape, Lowered, Primitive, Site
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+
+class Method(BaseModel, ABC):
+    """One way to adapt a base. Subclasses are final, frozen, and hold only configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]
+    site: ClassVar[Site]
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            METHODS.register(cls.kind)(cls)
+
+    @abstractmethod
+    def tensor_shapes(self, target: str, shape: HostShape) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every tensor a part at `target` stores."""
+
+    @abstractmethod
+    def init(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh fp32 tensors that leave the function unchanged. `factors` come from `inits/` for methods that have A and B."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
+        """The adapted output, from the definition."""
+
+    @abstractmethod
+    def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
+        """The part as primitives; differentiable in the part's tensors."""
+
+    def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
+        """`lowered` with this part in it. Sites other than `weight` say here where their primitives go."""
+        assert part.target is not None
+        primitives = lowered.weights.get(part.target, ()) + self.lower(part, source.host(part.target))
+        return replace(lowered, weights={**lowered.weights, part.target: primitives})
+
+    def direct_delta(self, part: Part) -> Tensor | None:
+        """The dense update `[out, in]` in fp32 where it does not depend on the frozen weight, else None."""
+        return None
+
+    def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight `[out, in]` and bias in fp32, or `Unsupported` with the way out."""
+        raise Unsupported(
+            f"{self.kind} cannot be merged into a weight: {self.why_not_mergeable}",
+            help="serve it as it is, or train a method that merges (lora, dora, ia3, vera, full)",
+        )
+
+    why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
+
+    def scale(self, target: str, rank: int) -> float:
+        """The effective scale at `target`. Methods without a scaled product refuse."""
+        raise Unsupported(f"{self.kind} has no scale", help="only methods with a scaled product (lora, dora) have one")
+
+    def scaled(self, factor: float) -> Self:
+        """This method with the effective scale multiplied by `factor`."""
+        raise Unsupported(f"{self.kind} cannot be scaled", help="only methods with a scaled product have a scale")
+
+    def frozen(self) -> frozenset[str]:
+        """Names of tensors that are stored but not trained."""
+        return frozenset()
+
+    def rank_at(self, target: str) -> int | None:
+        """The rank at `target` for methods that have one."""
+        return None

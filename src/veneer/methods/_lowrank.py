@@ -1,0 +1,109 @@
+"""What the low-rank methods share: rank, alpha, the scale rule, patterns per target, and the product itself.
+
+delta = scale * B @ A, with A `[rank, in]` and B `[out, rank]`. Patterns follow PEFT: a key matches a target as
+`(.*\\.)?(KEY)$`, first hit wins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.adapter import Part
+from veneer.base.host import Host
+from veneer.errors import ConfigError
+from veneer.methods._abstract import Method
+from veneer.types import SCALE_RULES, Factors, HostShape, effective_scale
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""One selector or several: `all-linear`, a name, a suffix, a glob, `re:REGEX`."""
+
+
+def pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
+    """The value of the first key that matches `target`, or `default`."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", target):
+            return value
+    return default
+
+
+class LowRankMethod(Method):
+    """Fields and functions of every method whose update starts from scale * B @ A."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="numerator of the scale")
+    scaling: str = Field("alpha/r", description="scale rule: alpha/r (LoRA) or alpha/sqrt(r) (rsLoRA)")
+    targets: Names = Field(("all-linear",), description="which layers carry the adapter")
+    exclude: Names = Field((), description="layers to leave out")
+    layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input during training")
+    init: str = Field("default", description="initialisation scheme")
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict, description="target pattern -> rank")
+    alpha_pattern: Mapping[str, float] = Field(default_factory=dict, description="target pattern -> alpha")
+    bias: Literal["none", "lora_only", "all"] = Field("none", description="which biases to train too")
+
+    @field_validator("scaling")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        try:
+            SCALE_RULES[value]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    def rank_at(self, target: str) -> int:
+        return int(pattern_value(self.rank_pattern, target, self.rank))
+
+    def scale(self, target: str, rank: int) -> float:
+        return effective_scale(self.scaling, pattern_value(self.alpha_pattern, target, self.alpha), rank)
+
+    def scaled(self, factor: float) -> Self:
+        if not factor > 0:
+            raise ConfigError(
+                f"a scale factor must be positive, got {factor}",
+                help="to subtract an adapter use `veneer combine` with a negative weight",
+            )
+        patterns = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}
+        return self.model_copy(update={"alpha": self.alpha * factor, "alpha_pattern": patterns})
+
+    def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
+        rank = self.rank_at(target)
+        return {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
+
+    def init(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
+        if factors is None:
+            raise ConfigError(f"{self.kind} needs starting factors for '{target}'", help="create adapters with inject.create")
+        if not factors.shifted:
+            return {"A": factors.A, "B": factors.B}
+        # Stored so that the sum is right on the original base: W + s (B A - B0 A0).
+        return {"A": factors.A, "B": factors.B, "A0": factors.A.clone(), "B0": factors.B.clone()}
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"A0", "B0"})
+
+    def factors(self, part: Part) -> tuple[Tensor, Tensor]:
+        """A and scale * B of a part, the frozen start of a shifted init subtracted."""
+        assert part.target is not None
+        a, b = part.tensors["A"], part.tensors["B"]
+        scale = self.scale(part.target, a.shape[0])
+        if "A0" in part.tensors:
+            a, b = torch.cat([a, part.tensors["A0"]]), torch.cat([b, -part.tensors["B0"]], dim=1)
+        return a, b * scale
+
+    def low_rank_output(self, x: Tensor, part: Part, host: Host) -> Tensor:
+        """scale * B @ A @ x for rows x, or for token ids on an embedding."""
+        a, b = self.factors(part)
+        if host.shape.kind == "embedding":
+            return F.embedding(x, a.t()) @ b.t()
+        return (x.to(a.dtype) @ a.t()) @ b.t()

@@ -1,0 +1,58 @@
+"""Names that users type, and what they stand for.
+
+A `Registry` is a dict with a decorator to fill it and an error that suggests. `discover` imports every public module of a
+package once, so that a method, an init or a rule is one file: dropping it in is enough.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from veneer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A hint for a mistyped word: the nearest known one, or all of them.
+
+    >>> did_you_mean("lroa", ["lora", "dora", "ia3"])
+    "did you mean 'lora'?"
+    """
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+class Registry(dict[str, T], Generic[T]):
+    """Name -> thing. `what` is the word for one entry in error messages."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that files its function or class under `name`. A second, different entry is an error."""
+
+        def file(entry: T) -> T:
+            if name in self and self[name] is not entry:
+                raise ConfigError(f"two {self.what} entries are called '{name}'")
+            self[name] = entry
+            return entry
+
+        return file
+
+    def __missing__(self, name: str) -> T:
+        raise ConfigError(f"no {self.what} is called '{name}'", help=did_you_mean(name, list(self)))
+
+
+def discover(package: str) -> list[str]:
+    """Import every public module of `package`, in name order, and return their names. Importing twice costs nothing."""
+    found = importlib.import_module(package)
+    names = sorted(m.name for m in pkgutil.iter_modules(found.__path__) if not m.name.startswith("_"))
+    for name in names:
+        importlib.import_module(f"{package}.{name}")
+    return names
