@@ -50,7 +50,7 @@ class Method(BaseModel, ABC):
         """Name -> shape of every tensor a part at `target` stores."""
 
     @abstractmethod
-    def init(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
+    def start(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh fp32 tensors that leave the function unchanged. `factors` come from `inits/` for methods that have A and B."""
 
     @abstractmethod

@@ -81,7 +81,7 @@ class LowRankMethod(Method):
         rank = self.rank_at(target)
         return {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
 
-    def init(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
+    def start(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
         if factors is None:
             raise ConfigError(f"{self.kind} needs starting factors for '{target}'", help="create adapters with inject.create")
         if not factors.shifted:
