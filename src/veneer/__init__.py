@@ -1,0 +1,73 @@
+"""veneer: train, prove, keep, combine and serve many small adapters over one frozen base model.
+
+Names are imported when they are first used, so `import veneer` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.adapter import Adapter as Adapter
+    from veneer.errors import VeneerError as VeneerError
+    from veneer.methods.lora import LoRA as LoRA
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "Base": "models.base",
+    "load_base": "models.load",
+    "train": "train",
+    "evaluate": "evaluate",
+    "attach": "inject",
+    "attached": "inject",
+    "create": "inject",
+    "merge": "merge",
+    "combine": "algebra",
+    "Engine": "engine",
+    "Request": "engine",
+    "Library": "library",
+    "LoRA": "methods.lora",
+    "DoRA": "methods.dora",
+    "IA3": "methods.ia3",
+    "PromptTuning": "methods.prompt",
+    "PrefixTuning": "methods.prefix",
+    "PTuning": "methods.ptuning",
+    "Bottleneck": "methods.bottleneck",
+    "BitFit": "methods.bitfit",
+    "VeRA": "methods.vera",
+    "Full": "methods.full",
+    "VeneerError": "errors",
+}
+"""Public name -> the module it is taken from."""
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'veneer' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"veneer.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`vn.train` is a function and `veneer.train` the folder it lives in; importing the folder must not hide the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
