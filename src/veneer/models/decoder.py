@@ -1,0 +1,360 @@
+"""One decoder for the families people use, with one forward pass for training, scoring and serving.
+
+    hidden = decoder.forward(tokens, segments, bank, cache=None)
+    h += attention(norm(h)); h += mlp(norm(h))          pre-norm; post-norms and parallel blocks by configuration
+
+Tokens are packed: sequences lie end to end without padding, and `segments` says which rows belong to which sequence and which
+adapter of the bank they use. There is no batch dimension and no mask.
+
+The surprise: the decoder keeps no state. The base's tensors are read-only views of a mapped file; adapters come in the `bank`
+argument; keys and values of earlier tokens live in the `cache` argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from veneer.errors import Unsupported
+from veneer.models.bank import EMPTY, Bank, spans_of
+from veneer.models.config import DecoderConfig, Layout, PartSpec
+from veneer.models.group import Group
+from veneer.models.project import is_overridden, packs_of, project, replace_rows, spans_at, with_bottlenecks
+from veneer.models.rope import RopeTable
+from veneer.ops.attention import attention
+from veneer.ops.gated import activate
+from veneer.ops.loss import linear_cross_entropy, token_nll
+from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear
+from veneer.ops.norm import layer_norm, rms_norm
+from veneer.ops.rope import rotary
+from veneer.types import Segment, Span
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows of one sequence: `length` tokens from position `start`, virtual rows counted."""
+
+    sequence: int
+    start: int
+    length: int
+
+
+class Cache(Protocol):
+    """Where keys and values of earlier tokens live. `engine/` implements it; one call per layer."""
+
+    def put_prefix(self, layer: int, sequence: int, key: Tensor, value: Tensor) -> None:
+        """Store prefix keys and values `[p, kv_heads, head_dim]` at position 0 of a sequence."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Sequence[Run],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Append k, v `[N, kv_heads, head_dim]` of each run and attend causally over all that is stored: `[N, heads, head_dim]`."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one forward needs to know about its rows."""
+
+    spans: tuple[Span, ...]
+    runs: tuple[Run, ...]
+    bank: Bank
+    cache: Cache | None
+    angles: dict[bool, tuple[Tensor, Tensor]]
+
+    def prefixes(self, layer: int) -> list[tuple[Tensor, Tensor] | None] | None:
+        """Prefix keys and values per run where any adapter has them and no cache holds them."""
+        found: list[tuple[Tensor, Tensor] | None] = []
+        row = 0
+        for run in self.runs:
+            kv = self.bank.kv[index].get(layer) if (index := self.adapter_at(row)) >= 0 else None
+            found.append(None if kv is None else (kv.key, kv.value))
+            row += run.length
+        return found if any(f is not None for f in found) else None
+
+    def adapter_at(self, row: int) -> int:
+        return next(span.index for span in self.spans if span.start <= row < span.stop)
+
+
+class Decoder:
+    """The frozen model. `tensors` hold the native names of `Layout`; a projection may be a tensor or any `Frozen` product."""
+
+    def __init__(self, config: DecoderConfig, layout: Layout, tensors: Mapping[str, Tensor | Frozen]) -> None:
+        self.config, self.layout = config, layout
+        self.tensors: dict[str, Tensor] = {n: t for n, t in tensors.items() if isinstance(t, Tensor)}
+        self.embed = self.tensors["embed"]
+        self.dtype, self.device = self.embed.dtype, self.embed.device
+        self.groups: dict[str, Group] = {}
+        for spec in layout.groups:
+            found = tensors[spec.name]
+            frozen = DenseFrozen(found) if isinstance(found, Tensor) else found
+            self.groups[spec.name] = Group(spec.name, frozen, self.tensors.get(f"{spec.name}_bias"), spec.parts)
+        if config.tied_head:
+            part = PartSpec(layout.head_path, 0, config.vocab)
+            self.groups["head"] = Group("head", DenseFrozen(self.embed), None, (part,))
+        self._rope = {
+            local: RopeTable(rope, config.head_dim, config.max_positions, self.device)
+            for local, rope in ((False, config.rope), (True, config.local_rope))
+            if rope is not None and config.positions == "rope"
+        }
+
+    # -- the pass ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Sequence[Segment],
+        bank: Bank = EMPTY,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+        *,
+        recompute: int = 0,
+    ) -> Tensor:
+        """Hidden states after the final norm, `[N, hidden]`, or of the given `rows` (sorted indices) only.
+
+        tokens     `[N]` ids, the segments' tokens in order
+        segments   which rows are which sequence's and use which adapter of `bank` (-1: none)
+        cache      keys and values of earlier positions; without it every sequence is whole
+        rows       positions whose hidden state is needed; the last block's MLP runs on those alone
+        recompute  the first so many blocks drop their activations and run again in the backward pass
+        """
+        h, state, keep = self._embed(tokens, segments, bank, cache)
+        wanted = keep if rows is None else rows if keep is None else keep[rows]
+        last = self.config.layers - 1
+        for layer in range(self.config.layers):
+            needed = wanted if layer == last else None
+            if layer < recompute and torch.is_grad_enabled():
+                h = checkpoint(self._block, h, layer, state, needed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = self._block(h, layer, state, needed)
+        spans = state.spans if wanted is None else spans_at(state.spans, wanted)
+        return self._norm(h, "final_norm", spans, bank)
+
+    def logits(self, hidden: Tensor, spans: Sequence[Span] | None = None, bank: Bank = EMPTY) -> Tensor:
+        """Scores over the vocabulary `[n, vocab]` for hidden states; `spans` says which rows use which adapter of the head."""
+        spans = spans or (Span(0, hidden.shape[0], -1),)
+        scores = self._project("head", hidden, spans, bank)
+        cap = self.config.logit_softcap
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor | None, spans: Sequence[Span], bank: Bank
+    ) -> Tensor:
+        """Sum over rows of weight * negative log-likelihood of `labels`, fp32. Rows are the labelled ones."""
+        if self._head_is_adapted(spans, bank):
+            losses = F.cross_entropy(self.logits(hidden, spans, bank).float(), labels, reduction="none")
+            return losses.sum() if weights is None else (losses * weights).sum()
+        head = self.groups["head"]
+        return linear_cross_entropy(
+            hidden, self._head_weight(), labels, weights, softcap=self.config.logit_softcap, bias=head.bias
+        )
+
+    def nll(self, hidden: Tensor, labels: Tensor, spans: Sequence[Span], bank: Bank) -> Tensor:
+        """Negative log-likelihood of each label, fp32 `[n]`, without gradients."""
+        with torch.no_grad():
+            if self._head_is_adapted(spans, bank):
+                return F.cross_entropy(self.logits(hidden, spans, bank).float(), labels, reduction="none")
+            head = self.groups["head"]
+            return token_nll(
+                hidden, self._head_weight(), labels, softcap=self.config.logit_softcap, bias=head.bias
+            )
+
+    # -- its parts -----------------------------------------------------------------------------------------------------
+
+    def _embed(
+        self, tokens: Tensor, segments: Sequence[Segment], bank: Bank, cache: Cache | None
+    ) -> tuple[Tensor, Pass, Tensor | None]:
+        """Input embeddings with virtual rows in place; `keep` indexes the real rows where there are virtual ones."""
+        x = self._embedding_rows(tokens, spans_of(segments), bank)
+        if self.config.embed_scale != 1.0:
+            x = x * torch.tensor(self.config.embed_scale, dtype=self.dtype)
+        pieces: list[Tensor] = []
+        keep: list[Tensor] = []
+        spans: list[Segment] = []
+        runs: list[Run] = []
+        source = target = 0
+        for segment in segments:
+            first = segment.start == 0 and segment.adapter >= 0
+            prompt = bank.prompt_rows(segment.adapter) if first else 0
+            prefix = bank.prefix_rows(segment.adapter) if first else 0
+            if prompt:
+                rows = bank.tokens[segment.adapter]
+                assert rows is not None
+                pieces.append(rows.rows.to(x.dtype))
+            pieces.append(x[source : source + segment.length])
+            keep.append(torch.arange(target + prompt, target + prompt + segment.length, device=self.device))
+            spans.append(Segment(prompt + segment.length, segment.sequence, segment.adapter))
+            if cache is not None and prefix:
+                for layer, kv in bank.kv[segment.adapter].items():
+                    cache.put_prefix(layer, segment.sequence, kv.key.to(self.dtype), kv.value.to(self.dtype))
+            _extend_runs(runs, segment.sequence, segment.start + prefix, prompt + segment.length)
+            source += segment.length
+            target += prompt + segment.length
+        has_virtual = target != source
+        if has_virtual:
+            x = torch.cat(pieces)
+        positions = torch.cat([torch.arange(r.start, r.start + r.length, device=self.device) for r in runs])
+        if self.config.positions == "learned":
+            self._check_length(positions)
+            x = x + self.tensors["positions"][positions]
+        angles = {local: table.at(positions) for local, table in self._rope.items()}
+        state = Pass(spans_of(spans), tuple(runs), bank, cache, angles)
+        return x, state, torch.cat(keep) if has_virtual else None
+
+    def _check_length(self, positions: Tensor) -> None:
+        longest = int(positions.max()) + 1 if positions.numel() else 0
+        if longest > self.config.max_positions:
+            raise Unsupported(
+                f"a sequence of {longest} tokens exceeds this base's {self.config.max_positions} learned positions",
+                help="shorten it, or set max_length",
+            )
+
+    def _embedding_rows(self, tokens: Tensor, spans: Sequence[Span], bank: Bank) -> Tensor:
+        name = f"{self.layout.embed_path}.weight"
+        x = F.embedding(tokens, self.embed)
+        if all(s.index < 0 or (bank.embedding[s.index] is None and name not in bank.overrides[s.index]) for s in spans):
+            return x
+        pieces: list[Tensor] = []
+        for span in spans:
+            piece, ids = x[span.start : span.stop], tokens[span.start : span.stop]
+            override = bank.overrides[span.index].get(name) if span.index >= 0 else None
+            factors = bank.embedding[span.index] if span.index >= 0 else None
+            if override is not None and override.rows is None:
+                piece = F.embedding(ids, override.value).to(self.dtype)
+            elif override is not None and override.rows is not None:
+                piece = replace_rows(piece, ids, override.rows, override.value)
+            if factors is not None:
+                piece = piece + (F.embedding(ids, factors[0].t()) @ factors[1].t()).to(self.dtype)
+            pieces.append(piece)
+        return torch.cat(pieces)
+
+    def _block(self, h: Tensor, layer: int, state: Pass, needed: Tensor | None) -> Tensor:
+        name, spans, bank = f"layers.{layer}", state.spans, state.bank
+        a = self._norm(h, f"{name}.attn_norm", spans, bank) if self.config.pre_norms else h
+        mixed = self._attention(a, layer, state)
+        if needed is not None:
+            h, a, mixed = h[needed], a[needed], mixed[needed]
+            spans = spans_at(spans, needed)
+        attended = self._project(f"{name}.o", mixed, spans, bank)
+        attended = with_bottlenecks(attended, a, (layer, "attn_out"), spans, bank)
+        if self.config.post_norms:
+            attended = self._norm(attended, f"{name}.post_attn_norm", spans, bank)
+        parallel = self.config.block == "parallel"
+        after = h if parallel else h + attended
+        m = self._norm(after, f"{name}.mlp_norm", spans, bank) if self.config.pre_norms else after
+        fed = with_bottlenecks(self._mlp(m, name, spans, bank), m, (layer, "mlp_out"), spans, bank)
+        if self.config.post_norms:
+            fed = self._norm(fed, f"{name}.post_mlp_norm", spans, bank)
+        return after + fed + attended if parallel else after + fed
+
+    def _attention(self, a: Tensor, layer: int, state: Pass) -> Tensor:
+        """Heads' outputs side by side, `[N, heads * head_dim]`."""
+        config = self.config
+        q, k, v = self._qkv(self._project(f"layers.{layer}.qkv", a, state.spans, state.bank), layer, state)
+        if config.positions == "rope":
+            cos, sin = state.angles[config.is_local(layer) and config.local_rope is not None]
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        scale = config.attention_scale or config.head_dim**-0.5
+        window, softcap = config.window(layer), config.attention_softcap
+        if state.cache is not None:
+            out = state.cache.attend(layer, q, k, v, state.runs, scale=scale, window=window, softcap=softcap)
+        else:
+            lengths = [run.length for run in state.runs]
+            prefix = state.prefixes(layer)
+            out = attention(q, k, v, lengths, scale=scale, window=window, softcap=softcap, prefix=prefix)
+        return out.reshape(out.shape[0], config.heads * config.head_dim)
+
+    def _qkv(self, qkv: Tensor, layer: int, state: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        config, rows = self.config, qkv.shape[0]
+        if config.qkv_order == "heads":
+            heads = qkv.view(rows, config.heads, 3, config.head_dim)
+            return heads[:, :, 0].contiguous(), heads[:, :, 1].contiguous(), heads[:, :, 2].contiguous()
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        q, k, v = qkv.split([wide, narrow, narrow], dim=1)
+        if config.qk_norm == "full":
+            q = self._norm(q, f"layers.{layer}.q_norm", state.spans, state.bank)
+            k = self._norm(k, f"layers.{layer}.k_norm", state.spans, state.bank)
+        q = q.view(rows, config.heads, config.head_dim)
+        k = k.view(rows, config.kv_heads, config.head_dim)
+        if config.qk_norm == "head":
+            q = self._head_norm(q, f"layers.{layer}.q_norm", state)
+            k = self._head_norm(k, f"layers.{layer}.k_norm", state)
+        return q, k, v.view(rows, config.kv_heads, config.head_dim)
+
+    def _head_norm(self, x: Tensor, name: str, state: Pass) -> Tensor:
+        rows, heads, dim = x.shape
+        spans = [Span(s.start * heads, s.stop * heads, s.index) for s in state.spans]
+        return self._norm(x.reshape(rows * heads, dim), name, spans, state.bank).view(rows, heads, dim)
+
+    def _mlp(self, m: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
+        up = self._project(f"{name}.up", m, spans, bank)
+        down = f"{name}.down"
+        if self.config.gated and down not in bank.split and not bank.dropout and not self._overridden(down, spans, bank):
+            group, packed = self.groups[down], bank.groups.get(down)
+            packs, own = packs_of(packed, spans)
+            return gated_adapted_linear(up, self.config.activation, group.frozen, group.bias, packs, own)
+        if self.config.gated:
+            half = up.shape[1] // 2
+            hidden = activate(up[:, :half], self.config.activation) * up[:, half:]
+        else:
+            hidden = activate(up, self.config.activation)
+        return self._project(down, hidden, spans, bank)
+
+    def _project(self, name: str, x: Tensor, spans: Sequence[Span], bank: Bank) -> Tensor:
+        return project(self.groups[name], x, spans, bank, self._shared(name))
+
+    def _overridden(self, name: str, spans: Sequence[Span], bank: Bank) -> bool:
+        return is_overridden(self.groups[name], spans, bank, self._shared(name))
+
+    def _shared(self, name: str) -> str | None:
+        """The tensor that a tied head reads."""
+        return f"{self.layout.embed_path}.weight" if name == "head" and self.config.tied_head else None
+
+    def _norm(self, x: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
+        checkpoint_name = self.layout.tensors[name]
+        if any(s.index >= 0 and checkpoint_name in bank.overrides[s.index] for s in spans if any(bank.overrides)):
+            pieces = []
+            for s in spans:
+                own = bank.overrides[s.index].get(checkpoint_name) if s.index >= 0 else None
+                pieces.append(self._apply_norm(x[s.start : s.stop], name, None if own is None else own.value))
+            return torch.cat(pieces)
+        return self._apply_norm(x, name, None)
+
+    def _apply_norm(self, x: Tensor, name: str, weight: Tensor | None) -> Tensor:
+        weight = self.tensors[name] if weight is None else weight
+        if self.config.norm == "layer":
+            return layer_norm(x, weight, self.tensors.get(f"{name}_bias"), self.config.norm_eps)
+        return rms_norm(x, weight, self.config.norm_eps, offset=1.0 if self.config.norm == "rms1" else 0.0)
+
+    def _head_weight(self) -> Tensor:
+        frozen = self.groups["head"].frozen
+        assert isinstance(frozen, DenseFrozen)
+        return frozen.weight
+
+    def _head_is_adapted(self, spans: Sequence[Span], bank: Bank) -> bool:
+        packed = bank.groups.get("head")
+        touched = packed is not None and any(s.index >= 0 and packed.slot[s.index] >= 0 for s in spans)
+        return touched or self._overridden("head", spans, bank)
+
+
+def _extend_runs(runs: list[Run], sequence: int, start: int, length: int) -> None:
+    """Append rows to the last run where they continue its sequence, else open a new one."""
+    if runs and runs[-1].sequence == sequence and runs[-1].start + runs[-1].length == start:
+        runs[-1] = Run(sequence, runs[-1].start, runs[-1].length + length)
+    else:
+        runs.append(Run(sequence, start, length))
+

@@ -1,0 +1,109 @@
+"""Rotary frequencies and their scalings, arXiv 2104.09864.
+
+angle(position, i) = position * inv_freq[i], with inv_freq[i] = theta^(-2i/dim). A scaling changes inv_freq, and for YaRN and
+LongRoPE also the length of the rotated vector (`attention_factor`, folded into cos and sin).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.errors import Unsupported
+from veneer.models.config import Rope
+
+
+class RopeTable:
+    """cos and sin by position, fp32 `[positions, dim/2]`, grown when a later position is asked for."""
+
+    def __init__(self, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> None:
+        self._rope, self._dim, self._max, self._device = rope, rope.dim or head_dim, max_positions, device
+        self._cos = self._sin = torch.empty(0, self._dim // 2)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin `[N, dim/2]` for `[N]` positions."""
+        needed = int(positions.max()) + 1 if positions.numel() else 0
+        if needed > self._cos.shape[0]:
+            self._grow(max(needed, 2 * self._cos.shape[0], 512))
+        return self._cos[positions], self._sin[positions]
+
+    def _grow(self, length: int) -> None:
+        frequencies, factor = scaled_frequencies(self._rope, self._dim, self._max, length)
+        angles = torch.arange(length, dtype=torch.float32, device=self._device)[:, None] * frequencies.to(self._device)
+        self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
+
+
+def scaled_frequencies(rope: Rope, dim: int, max_positions: int, length: int) -> tuple[Tensor, float]:
+    """inv_freq `[dim/2]` in fp32 and the attention factor, for sequences up to `length`."""
+    inverse = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    scaling = rope.scaling
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+    if kind == "default":
+        return inverse, 1.0
+    if kind == "linear":
+        return inverse / float(scaling["factor"]), 1.0
+    if kind == "llama3":
+        return _llama3(inverse, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(inverse, scaling, rope.theta, dim, max_positions)
+    if kind in ("longrope", "su"):
+        return _longrope(inverse, scaling, max_positions, length)
+    raise Unsupported(
+        f"RoPE scaling '{kind}' is not known",
+        help="attach the adapter to the transformers model instead; known: default, linear, llama3, yarn, longrope",
+    )
+
+
+def _llama3(inverse: Tensor, scaling: dict[str, float]) -> Tensor:
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inverse
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inverse / factor + smooth * inverse
+    result = torch.where(wavelength > original / low, inverse / factor, inverse)
+    middle = (wavelength <= original / low) & (wavelength >= original / high)
+    return torch.where(middle, blended, result)
+
+
+def _yarn(
+    inverse: Tensor, scaling: dict[str, float], theta: float, dim: int, max_positions: int
+) -> tuple[Tensor, float]:
+    factor = scaling["factor"]
+    original = scaling.get("original_max_position_embeddings") or max_positions
+    fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = correction(fast), correction(slow)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = inverse / factor * ramp + inverse * (1 - ramp)
+    return frequencies, _yarn_attention_factor(scaling, factor)
+
+
+def _yarn_attention_factor(scaling: dict[str, float], factor: float) -> float:
+    def mscale(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(factor, scaling["mscale"]) / mscale(factor, scaling["mscale_all_dim"])
+    return mscale(factor)
+
+
+def _longrope(inverse: Tensor, scaling: dict[str, object], max_positions: int, length: int) -> tuple[Tensor, float]:
+    original = int(scaling.get("original_max_position_embeddings") or max_positions)  # type: ignore[call-overload]
+    name = "long_factor" if length > original else "short_factor"
+    factors = torch.tensor(scaling[name], dtype=torch.float32)
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return inverse / factors, float(given)  # type: ignore[arg-type]
+    ratio = max_positions / original
+    return inverse / factors, 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
