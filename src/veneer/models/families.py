@@ -1,8 +1,8 @@
 """One row per family of decoders: where the names are in a checkpoint, and what its config.json means.
 
-`decoder_config` reads a config.json (of transformers 4 or 5) into a `DecoderConfig`; `layout` gives the module paths, which are
-transformers' own, so adapter files agree with PEFT's. A new family is a new row. The surprise: a value that would change the
-arithmetic and that the decoder does not implement is refused by name here, never ignored.
+`decoder_config` reads a config.json (of transformers 4 or 5) into a `DecoderConfig`; `layout` gives the module paths,
+which are transformers' own, so adapter files agree with PEFT's. A new family is a new row. The surprise: a value that
+would change the arithmetic and that the decoder does not implement is refused by name here, never ignored.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from typing import Any, Literal
 
 from veneer.errors import FormatError, Unsupported, listed
 from veneer.models.config import DecoderConfig, GroupSpec, Layout, PartSpec, Rope
+from veneer.models.rotary import ATTACH, Raw, read_rope
 from veneer.registry import Registry
 from veneer.types import HostKind
-
-Raw = Mapping[str, Any]
-
-ATTACH = "load it with transformers and use veneer.attach(model, adapter): slower, the same adapters"
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "silu": "silu",
@@ -31,20 +28,13 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "relu": "relu",
 }
 
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor"),
-}
-
 
 @dataclass(frozen=True)
 class Family:
-    """One row. Module names are below the layer; `keys` renames config.json keys, `defaults` are transformers' for absent ones.
+    """One row. Module names are below the layer.
 
+    keys      our config.json key -> the family's, where it differs
+    defaults  what transformers takes for an absent key
     biases    which of qkv_bias, o_bias, mlp_bias the checkpoint has: True, or the config.json key that says so
     only      config.json key -> the values that the decoder implements
     more      further DecoderConfig fields, from the raw config
@@ -128,8 +118,8 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     }
     near = nested.get("sliding_attention") or {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
     return fields | {
-        "rope": _rope({**raw, "rope_scaling": None, "rope_parameters": far}),
-        "local_rope": _rope({**raw, "rope_scaling": None, "rope_parameters": near}),
+        "rope": read_rope({**raw, "rope_scaling": None, "rope_parameters": far}),
+        "local_rope": read_rope({**raw, "rope_scaling": None, "rope_parameters": near}),
         "local_layers": tuple(window is not None for window in fields["windows"]),
         "attention_softcap": raw.get("attn_logit_softcapping"),
         "logit_softcap": raw.get("final_logit_softcapping"),
@@ -147,7 +137,7 @@ def _neox(raw: Raw) -> dict[str, Any]:
         "rope_theta": raw.get("rotary_emb_base", 10000.0),
         "partial_rotary_factor": raw.get("rotary_pct", 0.25),
     }
-    return {"block": "parallel" if raw.get("use_parallel_residual", True) else "sequential", "rope": _rope(rope)}
+    return {"block": "parallel" if raw.get("use_parallel_residual", True) else "sequential", "rope": read_rope(rope)}
 
 
 LLAMA = Family(
@@ -200,7 +190,7 @@ FAMILIES["qwen2"] = _like_llama(
     more=_qwen_windows,
 )
 FAMILIES["qwen3"] = _like_llama(
-    norms=LLAMA.norms | QK_NORMS,
+    norms={**LLAMA.norms, **QK_NORMS},
     biases={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     fixed={"qk_norm": "head"},
@@ -226,7 +216,7 @@ FAMILIES["gemma2"] = _like_llama(
 )
 FAMILIES["gemma3_text"] = _like_llama(
     **GEMMA,
-    norms=GEMMA_NORMS | QK_NORMS,
+    norms={**GEMMA_NORMS, **QK_NORMS},
     defaults={**GEMMA_DEFAULTS, "max_position_embeddings": 131072},
     fixed={"norm": "rms1", "post_norms": True, "qk_norm": "head"},
     more=_gemma3,
@@ -255,7 +245,7 @@ FAMILIES["gpt_neox"] = Family(
     up=("mlp.dense_h_to_4h",),
     down="mlp.dense_4h_to_h",
     norms=LLAMA.norms,
-    keys={"rms_norm_eps": "layer_norm_eps"},
+    keys={"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "num_attention_heads"},
     defaults={
         "layer_norm_eps": 1e-5,
         "hidden_act": "gelu",
@@ -283,6 +273,7 @@ FAMILIES["gpt2"] = Family(
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_head",
         "intermediate_size": "n_inner",
         "max_position_embeddings": "n_positions",
         "rms_norm_eps": "layer_norm_epsilon",
@@ -304,9 +295,9 @@ FAMILIES["gpt2"] = Family(
 def decoder_config(hf_config: Raw) -> DecoderConfig:
     """A checkpoint's config.json as a `DecoderConfig`.
 
-    Raises `Unsupported` for a family or a value outside the table, and `FormatError` for missing sizes, all of them at once.
+    Raises `Unsupported` for a family or a value outside the table, `FormatError` for missing sizes, all at once.
     """
-    name = hf_config.get("model_type")
+    name = str(hf_config.get("model_type"))
     if name not in FAMILIES:
         raise Unsupported(f"model type '{name}' is not one of {', '.join(FAMILIES)}", help=ATTACH)
     family = FAMILIES[name]
@@ -334,8 +325,11 @@ def decoder_config(hf_config: Raw) -> DecoderConfig:
     fields["attention_scale"] = fields["head_dim"] ** -0.5
     for bias, source in family.biases.items():
         fields[bias] = source if isinstance(source, bool) else bool(raw.get(source, False))
-    fields |= family.fixed | family.more(raw)
-    return DecoderConfig(**{"rope": _rope(raw), **fields} if "rope" not in fields else fields)
+    fields.update(family.fixed)
+    fields.update(family.more(raw))
+    if "rope" not in fields:
+        fields["rope"] = read_rope(raw)
+    return DecoderConfig(**fields)
 
 
 def _refuse(name: str, family: Family, raw: Raw) -> None:
@@ -353,41 +347,13 @@ def _refuse(name: str, family: Family, raw: Raw) -> None:
     act = raw.get(family.keys.get("hidden_act", "hidden_act")) or "silu"
     if act not in ACTIVATIONS:
         problems.append(f"the activation is {act!r}, implemented: {', '.join(ACTIVATIONS)}")
-    heads, kv_heads = raw[keys[2]], raw.get("num_key_value_heads") or raw[keys[2]]
-    if heads % kv_heads:
+    heads, kv_heads = raw[keys[2]], raw.get(family.keys.get("num_key_value_heads", "num_key_value_heads"))
+    if heads % (kv_heads or heads):
         problems.append(f"{heads} heads are not a multiple of {kv_heads} key-value heads")
     if raw.get("quantization_config"):
         problems.append("its weights are stored quantised (quantization_config)")
     if problems:
         raise Unsupported(f"this {name} model cannot be run natively:\n{listed(problems)}", help=ATTACH)
-
-
-def _rope(raw: Raw) -> Rope:
-    """Rotary positions from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
-
-    `scaling` is empty for plain RoPE. Otherwise it has `rope_type`, the checkpoint's numbers, and always
-    `original_max_position_embeddings` and `max_position_embeddings`.
-    """
-    given = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    partial = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
-    legacy = given.pop("type", "default")
-    kind = given.pop("rope_type", None) or legacy
-    if raw.get("model_type") == "phi3" and kind in ("su", "yarn"):
-        kind = "longrope"
-    if kind not in ROPE_KEYS:
-        raise Unsupported(f"the rotary scaling '{kind}' is not one of {', '.join(ROPE_KEYS)}", help=ATTACH)
-    missing = [key for key in ROPE_KEYS[kind] if given.get(key) is None]
-    if missing:
-        raise FormatError(f"config.json: the rotary scaling '{kind}' has no {', '.join(missing)}")
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    dim = int(head_dim * partial)
-    if kind == "default":
-        return Rope(float(theta), dim)
-    longest = raw["max_position_embeddings"]
-    original = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
-    lengths = {"original_max_position_embeddings": original, "max_position_embeddings": longest}
-    return Rope(float(theta), dim, {**given, "rope_type": kind, **lengths})
 
 
 def layout(config: DecoderConfig) -> Layout:
