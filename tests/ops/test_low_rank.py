@@ -104,7 +104,7 @@ def test_fp32_adapter_on_bf16_base(spans: list[Span]) -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(7, IN, generator=g).bfloat16().requires_grad_()
     weight = torch.randn(OUT, IN, generator=g).bfloat16()
-    packs = [make_pack("lob", seed=2, dtype=torch.float32), make_pack("li", seed=3, dtype=torch.float32)]
+    packs = [make_pack(kind, seed=i, dtype=torch.float32) for i, kind in enumerate(("lob", "li", "l"))]
     y = adapted_linear(x, DenseFrozen(weight), None, packs, spans)
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.bfloat16
