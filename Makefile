@@ -1,7 +1,9 @@
 # make setup | demo | test | test-slow | check | bench | docs | clean
-# Everything lives in .venv; nothing else on the machine is touched. Options: PYTHON=python3.12  PYTEST_ARGS="-k lora"
+# Everything lives in .venv; nothing else on the machine is touched. Options: PYTHON=python3.12, PYTEST_ARGS="-k lora".
 
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+# The first Python that runs and is new enough, else whatever python3 is, for the message below.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""What every test may rely on: no network, one torch thread, a cache of its own, the same hypothesis settings everywhere."""
+"""What every test may rely on: no network, one torch thread, a cache of its own, one set of hypothesis settings."""
 
 from __future__ import annotations
 

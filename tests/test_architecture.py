@@ -49,7 +49,7 @@ HEAVY = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Edge:
-    """`module` imports `target` at `line`; `when` is "load", "call" (inside a function) or "types" (type checking only)."""
+    """`module` imports `target` at `line`; `when`: "load", "call" (inside a function), "types" (type checking only)."""
 
     module: str
     target: str
@@ -121,14 +121,7 @@ class _Imports(ast.NodeVisitor):
             self.add(submodule if is_module else source, node.lineno)
 
     def visit_Call(self, node: ast.Call) -> None:
-        function = node.func
-        name = (
-            function.attr
-            if isinstance(function, ast.Attribute)
-            else function.id
-            if isinstance(function, ast.Name)
-            else ""
-        )
+        name = ast.unparse(node.func).rsplit(".", 1)[-1]
         if name == "import_module" and node.args and isinstance(node.args[0], ast.Constant):
             self.add(str(node.args[0].value), node.lineno)
         self.generic_visit(node)
@@ -160,7 +153,7 @@ def test_every_package_has_a_rank() -> None:
     units = {unit(name_of(path)) for path in files()} - {LAZY}
     fail_if(
         [f"veneer.{name} has no rank" for name in sorted(units - set(RANK))],
-        "put it into a package that exists, or give it a rank in RANKS here, in the layout of docs/map.md, and a page in docs/why/",
+        "put it into a package that exists, or give it a rank in RANKS here and in docs/map.md, and a page in docs/why/",
     )
 
 
@@ -208,7 +201,7 @@ def test_no_cycles() -> None:
 
     fail_if(
         [cycle for module in sorted(graph) for cycle in walk(module, ())],
-        "move what both need into a third file, or pass it in; inside a package import from the file, not from the package",
+        "move what both need into a third file, or pass it in; inside a package import from files, not from the package",
     )
 
 

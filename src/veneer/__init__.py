@@ -62,7 +62,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`vn.train` is a function and `veneer.train` the folder it lives in; importing the folder must not hide the function."""
+    """`vn.train` is a function, `veneer.train` the folder it lives in: importing the folder must not hide the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _HOME and isinstance(value, ModuleType):
