@@ -8,10 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Shapes in the annotations of the kernels are checked at every call. Must come before the first import of veneer.ops.
+install_import_hook("veneer.ops", "beartype.beartype")
 
 # Time limits on single examples fail on a busy machine and say nothing about the code.
 settings.register_profile("veneer", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from veneer.ops.gated import gated
 from veneer.types import Span
 
 
+@runtime_checkable
 class Frozen(Protocol):
     """A product with a weight that never changes. Neither method records a gradient."""
 
