@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from veneer.errors import NotFound, TargetError
 from veneer.registry import did_you_mean
-from veneer.types import Site
+from veneer.types import HostKind, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +45,14 @@ class Part:
     kind     the registered method that understands `tensors`
     target   module path as in the checkpoint ("model.layers.0.self_attn.q_proj"), or None for the whole model
     tensors  by the method's own names: {"A": [rank, in], "B": [out, rank]} for LoRA
+    host     the kind of layer that carries it, which file formats need to know (embedding and Conv1D have their own names)
     """
 
     kind: str
     site: Site
     target: str | None
     tensors: Mapping[str, Tensor]
+    host: HostKind = "linear"
 
     @property
     def num_parameters(self) -> int:
@@ -134,7 +136,8 @@ class Adapter:
 
         Methods whose update depends on the weight (DoRA, IA3) raise `NeedsBase` without one.
         """
-        return _methods().delta(self, target, None if base is None else base.host(target))
+        update: Tensor = _methods().delta(self, target, None if base is None else base.host(target))
+        return update
 
     @cached_property
     def digest(self) -> str:
@@ -172,4 +175,4 @@ def _methods() -> Any:
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

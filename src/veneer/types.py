@@ -111,18 +111,23 @@ class HostShape:
     embedding         in_features = vocabulary, out_features = hidden
     sublayer          both are hidden
     tokens            in_features = vocabulary, out_features = hidden
-    kv                in_features = kv_heads, out_features = head_dim
+    kv                in_features = kv_heads, out_features = head_dim, over `layers` layers
     """
 
     kind: HostKind
     in_features: int
     out_features: int
     has_bias: bool = False
+    layers: int = 1
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """All the sizes of a base that a method or a plan needs, without a weight. `hosts` is in checkpoint order."""
+    """All the sizes of a base that a method or a plan needs, without a weight.
+
+    hosts  module path -> shape, in checkpoint order
+    head   module path of the output head, which `all-linear` leaves out ("" where there is none)
+    """
 
     hidden: int
     layers: int
@@ -132,6 +137,7 @@ class BaseShape:
     vocab: int
     hosts: Mapping[str, HostShape]
     tied_head: bool = False
+    head: str = ""
 
 
 @dataclass(frozen=True, eq=False)

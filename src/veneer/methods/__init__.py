@@ -1,23 +1,44 @@
-"""The methods, found by file name, and the three things that can be done with a part of any of them.
+"""The methods, found by file name, and what can be done with an adapter of any of them.
 
-`lower` turns an adapter into what the decoder runs; `merged` into a plain weight; `delta` into the dense update.
+`start_parts` makes a fresh one, `lower` turns it into what the decoder runs, `merged` into a plain weight, `delta` into the dense
+update, `folded` into what files keep.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
 from torch import Tensor
 
 from veneer.adapter import Adapter, HostSource, Part
-from veneer.base.host import Host
-from veneer.errors import NeedsBase
-from veneer.methods._abstract import METHODS, Method
-from veneer.registry import discover
+from veneer.base.host import DenseHost, Host
+from veneer.errors import NeedsBase, NotFound
+from veneer.methods._abstract import METHODS, Method, PeftForm
+from veneer.methods._start import BaseView, FactorSource, Place, embedding_path, host_at, start_parts
+from veneer.registry import did_you_mean, discover
 from veneer.types import Lowered
 
-__all__ = ["METHODS", "Method", "delta", "load_all", "lower", "merged", "method_of", "parse"]
+__all__ = [
+    "METHODS",
+    "BaseView",
+    "FactorSource",
+    "Method",
+    "PeftForm",
+    "Place",
+    "complete",
+    "delta",
+    "embedding_path",
+    "folded",
+    "host_at",
+    "load_all",
+    "lower",
+    "merged",
+    "method_of",
+    "parse",
+    "start_parts",
+]
 
 
 @cache
@@ -42,15 +63,29 @@ def method_of(adapter: Adapter, part: Part) -> Method:
     return METHODS[part.kind]()
 
 
+def complete(adapter: Adapter, part: Part) -> Part:
+    """`part` with the tensors that its adapter stores once for all of them (a weight part without target)."""
+    for shared in adapter.parts:
+        if shared.kind == part.kind and shared.site == "weight" and shared.target is None:
+            return replace(part, tensors={**shared.tensors, **part.tensors})
+    return part
+
+
 def merged(adapter: Adapter, target: str, host: Host) -> tuple[Tensor, Tensor | None]:
-    """The weight `[out, in]` and bias at `target` with the adapter in it, fp32."""
-    part = adapter.part(target)
-    return method_of(adapter, part).merged(part, host)
+    """The weight `[out, in]` and bias at `target` with the adapter in it, fp32. Replaced tensors come first."""
+    here = sorted((p for p in adapter.parts if p.target == target), key=lambda p: p.site != "override")
+    if not here:
+        raise NotFound(f"this adapter has no part at '{target}'", help=did_you_mean(target, list(adapter.targets)))
+    weight, bias = host.weight(), host.bias
+    for part in here:
+        weight, bias = method_of(adapter, part).merged(complete(adapter, part), host)
+        host = DenseHost(weight, bias)
+    return weight.float(), bias
 
 
 def delta(adapter: Adapter, target: str, host: Host | None) -> Tensor:
     """merged - W, fp32 `[out, in]`; low-rank methods need no host."""
-    part = adapter.part(target)
+    part = complete(adapter, adapter.part(target))
     method = method_of(adapter, part)
     direct = method.direct_delta(part)
     if direct is not None:
@@ -67,5 +102,12 @@ def lower(adapter: Adapter, base: HostSource, *, digest: str = "") -> Lowered:
     """The whole adapter as primitives, differentiable in its tensors. `digest` names the result in caches."""
     lowered = Lowered(digest=digest)
     for part in adapter.parts:
-        lowered = method_of(adapter, part).lower_into(lowered, part, base)
+        if part.site == "weight" and part.target is None:
+            continue
+        lowered = method_of(adapter, part).lower_into(lowered, complete(adapter, part), base)
     return lowered
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """What files keep of `adapter`: the same function, without what only training needs."""
+    return cast(Method, adapter.spec).folded(adapter)

@@ -13,25 +13,55 @@ The law that every method is tested against: forward = lowered = merged.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from veneer.adapter import HostSource, Part
+from veneer.adapter import Adapter, HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.registry import Registry
-from veneer.types import Factors, HostShape, Lowered, Primitive, Site
+from veneer.types import BaseShape, Factors, HostShape, Lowered, Primitive, Site
 
 METHODS: Registry[type[Method]] = Registry("method")
 
 
+@dataclass(frozen=True)
+class PeftForm:
+    """How PEFT's files name a method. What is said here is all that `formats/peft.py` knows of it.
+
+    peft_type  as in adapter_config.json
+    tensors    our tensor name -> what follows the module path in a key ("lora_A.weight"); `embedding` is the same there
+    level      "module": keys carry a module path. "model": the tensors stand at the top of the file
+    ranked     r, lora_alpha, use_rslora and the two patterns say the scale
+    when       config values that tell methods of one peft_type apart
+    fields     our field -> the config key that holds the same value
+    encode     our tensors of a part -> PEFT's, where more than the name differs; `decode` is its inverse
+    config     more config keys, from the method and its parts; `parse` gives the fields that they stand for
+    """
+
+    peft_type: str
+    tensors: Mapping[str, str]
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    level: str = "module"
+    ranked: bool = False
+    when: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    encode: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    decode: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
+    config: Callable[[Any, Sequence[Part]], dict[str, Any]] | None = None
+    parse: Callable[[Mapping[str, Any], Sequence[Part]], dict[str, Any]] | None = None
+
+
 class Method(BaseModel, ABC):
-    """One way to adapt a base. Subclasses are final, frozen, and hold only configuration."""
+    """One way to adapt a base. Subclasses are final, frozen, and hold only configuration.
+
+    A method with a field `targets` acts where that selects; any other says so itself (`places`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +69,8 @@ class Method(BaseModel, ABC):
     site: ClassVar[Site]
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    peft: ClassVar[PeftForm | None] = None
+    why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,6 +99,22 @@ class Method(BaseModel, ABC):
         primitives = lowered.weights.get(part.target, ()) + self.lower(part, source.host(part.target))
         return replace(lowered, weights={**lowered.weights, part.target: primitives})
 
+    def places(self, shape: BaseShape) -> tuple[str, ...] | None:
+        """Where its parts go, for methods that know; None where the field `targets` selects. "" is the whole model."""
+        return None
+
+    def companions(self, shape: BaseShape, targets: Sequence[str]) -> tuple[tuple[dict[str, Any], str], ...]:
+        """Parts of other kinds that belong to the adapter: (the method's fields with `kind`, target)."""
+        return ()
+
+    def refusal(self, target: str, shape: HostShape) -> str | None:
+        """Why `target` cannot carry this method, or None."""
+        return None
+
+    def shared_start(self, shapes: Sequence[HostShape], generator: torch.Generator) -> dict[str, Tensor]:
+        """Tensors that all parts of one adapter share, stored once in a part without target (VeRA's A and B)."""
+        return {}
+
     def direct_delta(self, part: Part) -> Tensor | None:
         """The dense update `[out, in]` in fp32 where it does not depend on the frozen weight, else None."""
         return None
@@ -78,7 +126,13 @@ class Method(BaseModel, ABC):
             help="serve it as it is, or train a method that merges (lora, dora, ia3, vera, full)",
         )
 
-    why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
+    def folded(self, adapter: Adapter) -> Adapter:
+        """What files keep: the same function without what only training needs (a reparameterisation, a shifted start)."""
+        return adapter
+
+    def prepared(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        """This method with the texts in its fields turned into token ids."""
+        return self
 
     def scale(self, target: str, rank: int) -> float:
         """The effective scale at `target`. Methods without a scaled product refuse."""

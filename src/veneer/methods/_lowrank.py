@@ -7,19 +7,21 @@ delta = scale * B @ A, with A `[rank, in]` and B `[out, rank]`. Patterns follow 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.adapter import Part
+from veneer.adapter import Adapter, Part
 from veneer.base.host import Host
 from veneer.errors import ConfigError
 from veneer.methods._abstract import Method
-from veneer.types import SCALE_RULES, Factors, HostShape, effective_scale
+from veneer.methods._start import embedding_path
+from veneer.types import SCALE_RULES, BaseShape, Factors, HostShape, effective_scale
 
 
 def _as_tuple(value: object) -> object:
@@ -52,6 +54,8 @@ class LowRankMethod(Method):
     rank_pattern: Mapping[str, int] = Field(default_factory=dict, description="target pattern -> rank")
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict, description="target pattern -> alpha")
     bias: Literal["none", "lora_only", "all"] = Field("none", description="which biases to train too")
+    modules_to_save: Names = Field((), description="layers to train whole, beside the update")
+    trainable_tokens: tuple[int, ...] = Field((), description="rows of the input embedding to train, beside the update")
 
     @field_validator("scaling")
     @classmethod
@@ -77,13 +81,33 @@ class LowRankMethod(Method):
         patterns = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}
         return self.model_copy(update={"alpha": self.alpha * factor, "alpha_pattern": patterns})
 
+    def companions(self, shape: BaseShape, targets: Sequence[str]) -> tuple[tuple[dict[str, Any], str], ...]:
+        found: list[tuple[dict[str, Any], str]] = []
+        for name in self.modules_to_save:
+            matches = [path for path in shape.hosts if path == name or path.endswith(f".{name}")]
+            found += [({"kind": "full", "targets": (path,)}, path) for path in matches or [name]]
+        if self.bias != "none":
+            biased = targets if self.bias == "lora_only" else tuple(shape.hosts)
+            found += [({"kind": "full", "only": "bias"}, path) for path in biased if shape.hosts[path].has_bias]
+        if self.trainable_tokens:
+            found.append(({"kind": "token_rows", "tokens": self.trainable_tokens}, embedding_path(shape)))
+        return tuple(found)
+
+    def refusal(self, target: str, shape: HostShape) -> str | None:
+        rank, most = self.rank_at(target), min(shape.in_features, shape.out_features)
+        if shape.kind not in ("linear", "conv1d", "embedding"):
+            return f"a {shape.kind} takes no low-rank update"
+        return f"rank {rank} is above the layer's {most}" if rank > most else None
+
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
         rank = self.rank_at(target)
         return {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
 
     def start(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
         if factors is None:
-            raise ConfigError(f"{self.kind} needs starting factors for '{target}'", help="create adapters with inject.create")
+            raise ConfigError(
+                f"{self.kind} needs starting factors for '{target}'", help="create adapters with inject.create"
+            )
         if not factors.shifted:
             return {"A": factors.A, "B": factors.B}
         # Stored so that the sum is right on the original base: W + s (B A - B0 A0).
@@ -91,6 +115,24 @@ class LowRankMethod(Method):
 
     def frozen(self) -> frozenset[str]:
         return frozenset({"A0", "B0"})
+
+    def folded(self, adapter: Adapter) -> Adapter:
+        """A shifted start as a plain update of the original base: [B, -B0][A; A0], twice the rank and the same scale."""
+        if not any("A0" in part.tensors for part in adapter.parts):
+            return adapter
+        double = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+        one, two = effective_scale(self.scaling, 1.0, self.rank), effective_scale(self.scaling, 1.0, 2 * self.rank)
+        spec = self.model_copy(
+            update={
+                "rank": 2 * self.rank,
+                "alpha": self.alpha * (one / two),
+                "rank_pattern": double,
+                "alpha_pattern": {key: alpha * (one / two) for key, alpha in self.alpha_pattern.items()},
+                "init": "default",
+            }
+        )
+        parts = [replace(p, tensors=_plain(p.tensors)) if p.kind == self.kind else p for p in adapter.parts]
+        return replace(adapter, spec=spec, parts=tuple(parts))
 
     def factors(self, part: Part) -> tuple[Tensor, Tensor]:
         """A and scale * B of a part, the frozen start of a shifted init subtracted."""
@@ -107,3 +149,11 @@ class LowRankMethod(Method):
         if host.shape.kind == "embedding":
             return F.embedding(x, a.t()) @ b.t()
         return (x.to(a.dtype) @ a.t()) @ b.t()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rest = {name: tensor for name, tensor in tensors.items() if name not in ("A0", "B0")}
+    if "A0" in tensors:
+        rest["A"] = torch.cat([tensors["A"], tensors["A0"]])
+        rest["B"] = torch.cat([tensors["B"], -tensors["B0"]], dim=1)
+    return rest

@@ -1,18 +1,26 @@
 """LoRA: y = x W^T + b + scale (x A^T) B^T, arXiv 2106.09685; with scaling alpha/sqrt(r) it is rsLoRA, arXiv 2312.03732.
 
 A starts random and B zero, so the first step moves only B. On an embedding the roles swap: A zero, B random.
+
+With `invocation` it is an activated LoRA (aLoRA, arXiv 2504.12397): the update acts only from the start of the *last* place where
+those tokens stand in the sequence, so the keys and values before it are the base's own.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar, Self, final
 
+from pydantic import Field
 from torch import Tensor
 
-from veneer.adapter import Part
+from veneer.adapter import HostSource, Part
 from veneer.base.host import Host
+from veneer.errors import Unsupported
+from veneer.methods._abstract import PeftForm
 from veneer.methods._lowrank import LowRankMethod
-from veneer.types import LowRank, Primitive, Site
+from veneer.types import Lowered, LowRank, Primitive, Site
 
 
 @final
@@ -23,6 +31,21 @@ class LoRA(LowRankMethod):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2106.09685"
     summary: ClassVar[str] = "W + scale B A"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        peft_type="LORA",
+        when={"use_dora": False},
+        ranked=True,
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        embedding={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+        fields={"dropout": "lora_dropout", "bias": "bias", "invocation": "alora_invocation_tokens"},
+    )
+
+    invocation: tuple[int, ...] | str | None = Field(None, description="tokens (or their text) that switch it on")
+
+    def prepared(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        if not isinstance(self.invocation, str):
+            return self
+        return self.model_copy(update={"invocation": tuple(encode(self.invocation))})
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         base = host.apply(x)
@@ -32,10 +55,20 @@ class LoRA(LowRankMethod):
         a, b = self.factors(part)
         return (LowRank(a, b),)
 
+    def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
+        if isinstance(self.invocation, str):
+            raise Unsupported("the invocation is still a text", help="give its token ids, or train with a tokenizer")
+        return replace(super().lower_into(lowered, part, source), invocation=self.invocation)
+
     def direct_delta(self, part: Part) -> Tensor:
         a, b = self.factors(part)
         return b.float() @ a.float()
 
     def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
+        if self.invocation is not None:
+            raise Unsupported(
+                "an activated LoRA cannot be merged: its update depends on the position in the text",
+                help="serve it as it is, or train it without `invocation`",
+            )
         a, b = self.factors(part)
         return host.weight().float() + b.float() @ a.float(), host.bias
