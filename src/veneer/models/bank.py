@@ -91,7 +91,7 @@ class Bank:
         for name, group in groups.items():
             if not any(part.path in entry.weights for entry in lowered for part in group.parts):
                 continue
-            if len(group.parts) > 1 and any(_has_in_scale(group, entry) for entry in lowered):
+            if len(group.parts) > 1 and any(_stands_apart(group, entry) for entry in lowered):
                 split.add(name)
                 for single in group.split():
                     packed[single.name] = _pack_all(single, lowered)
@@ -169,8 +169,10 @@ class Bank:
 EMPTY = Bank()
 
 
-def _has_in_scale(group: Group, entry: Lowered) -> bool:
-    return any(isinstance(p, InScale) for part in group.parts for p in entry.weights.get(part.path, ()))
+def _stands_apart(group: Group, entry: Lowered) -> bool:
+    """Whether a part of the group needs an input of its own, or has its weight replaced."""
+    scaled = any(isinstance(p, InScale) for part in group.parts for p in entry.weights.get(part.path, ()))
+    return scaled or any(f"{p.path}.{kind}" in entry.overrides for p in group.parts for kind in ("weight", "bias"))
 
 
 def _pack_all(group: Group, lowered: Sequence[Lowered]) -> Packed:
@@ -204,11 +206,9 @@ def _pack(group: Group, entry: Lowered) -> Pack:
             if isinstance(primitive, InScale):
                 in_scale = primitive.vector if in_scale is None else in_scale * primitive.vector
             elif isinstance(primitive, OutScale):
-                vector, scales_bias = out_scales.get(index, (None, primitive.scales_bias))
-                out_scales[index] = (
-                    primitive.vector if vector is None else vector * primitive.vector,
-                    scales_bias and primitive.scales_bias,
-                )
+                before = out_scales.get(index)
+                vector = primitive.vector if before is None else before[0] * primitive.vector
+                out_scales[index] = (vector, primitive.scales_bias)
             elif isinstance(primitive, Bias):
                 biases[index] = biases[index] + primitive.vector if index in biases else primitive.vector
     return Pack(

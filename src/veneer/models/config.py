@@ -142,4 +142,5 @@ class Layout:
             vocab=config.vocab,
             hosts=self.hosts(config),
             tied_head=config.tied_head,
+            head=self.head_path,
         )

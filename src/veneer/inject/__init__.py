@@ -1,0 +1,7 @@
+"""Where adapters go: selecting targets, making fresh adapters, attaching them to any module."""
+
+from veneer.inject.attach import Handle, ModuleSource, attach
+from veneer.inject.create import create
+from veneer.inject.targets import Match, Selection, select
+
+__all__ = ["Handle", "Match", "ModuleSource", "Selection", "attach", "create", "select"]

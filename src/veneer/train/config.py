@@ -1,0 +1,231 @@
+"""One YAML file is one run: defaults < file < `--set a.b=c`, every value with its origin, every key checked.
+
+The resolved configuration is saved in the run directory with a comment on each line that says where the value came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from veneer.errors import ConfigError, NotFound, listed
+from veneer.methods import METHODS, Method, load_all, parse
+from veneer.registry import did_you_mean
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of a run file. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    train: Path = Field(description="rows to train on")
+    eval: Path | None = Field(None, description="held-out rows of the same task")
+    general: Path | None = Field(None, description="held-out general text: what tuning costs elsewhere")
+    format: Literal["auto", "messages", "conversations", "alpaca", "prompt/completion", "text"] = "auto"
+    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="whose tokens are labels")
+
+
+class TrainConfig(Section):
+    epochs: float = Field(2.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
+    lr: float = Field(2e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    tokens_per_step: int = Field(8192, ge=1, description="whole rows until the next would exceed it, at least one")
+    tokens_per_pass: int | Auto = Field("auto", description="micro-batch in tokens")
+    memory: int | Auto = Field("auto", description="byte budget of the process")
+    max_length: int = Field(1024, ge=2, description="longest row in tokens")
+    on_too_long: Literal["error", "truncate", "drop"] = "error"
+    optimizer: str = "adamw"
+    lora_plus_ratio: float = Field(1.0, ge=1.0, description="learning rate of B over that of A (LoRA+)")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    seed: int = Field(0, ge=0)
+    eval_every: int = Field(50, ge=1, description="optimiser steps between evaluations")
+    save_every: int = Field(50, ge=1, description="optimiser steps between checkpoints")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: Literal["auto", "none", "all"] = "auto"
+    tensorboard: bool = Field(False, description="write TensorBoard events too")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_with_exponents(cls, values: Any) -> Any:
+        """YAML 1.1 reads `2e-4` as text; people mean the number."""
+        if isinstance(values, Mapping):
+            return {k: _as_number(v) for k, v in values.items()}
+        return values
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    base: str
+    quantize: Literal["nf4", "nf4-dq", "int8"] | None = None
+    data: DataConfig
+    method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
+    train: TrainConfig = TrainConfig()
+    out: Path
+
+    def spec(self) -> Method:
+        """The method that the `method` section declares."""
+        return method_from(self.method)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration and where each of its values came from ("train.lr" -> "tickets.yaml:9")."""
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, each leaf with its origin as a comment."""
+        values = self.config.model_dump(mode="json")
+        values["method"] = {"kind": self.config.method.get("kind", "lora")} | self.config.spec().model_dump(mode="json")
+        return "".join(_lines(values, "", self.origins, 0))
+
+
+def read_config(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Resolved:
+    """Read a run file. Paths inside it are relative to its folder."""
+    values, origins = _read_yaml(path)
+    for override in overrides:
+        _apply(override, values, origins)
+    if out is not None:
+        values["out"], origins["out"] = str(out), "--out"
+    for key in ("train", "eval", "general"):
+        data = values.get("data")
+        if isinstance(data, dict) and isinstance(data.get(key), str) and origins.get(f"data.{key}") != "--set":
+            data[key] = str((path.parent / data[key]).resolve())
+    return Resolved(validate(RunConfig, values, str(path)), origins)
+
+
+def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> RunConfig:
+    """A checked model, or one ConfigError with every wrong key."""
+    problems: list[str] = []
+    checked: RunConfig | None = None
+    try:
+        checked = model.model_validate(values)
+    except ValidationError as error:
+        problems += explain(error, model)
+    method = values.get("method", {"kind": "lora"})
+    if isinstance(method, Mapping):
+        try:
+            method_from(dict(method))
+        except ConfigError as error:
+            problems.append(error.message)
+    if problems or checked is None:
+        raise ConfigError(f"{where} is not a valid run:\n{listed(problems)}", help="`veneer train --help` shows every key")
+    return checked
+
+
+def method_from(fields: Mapping[str, Any]) -> Method:
+    """A method from its YAML section; a ConfigError lists every wrong key."""
+    load_all()
+    rest = {k: _as_number(v) for k, v in fields.items()}
+    kind = rest.setdefault("kind", "lora")
+    if kind not in METHODS:
+        raise ConfigError(f"method.kind: no method is called '{kind}'; {did_you_mean(str(kind), list(METHODS))}")
+    try:
+        return parse(rest)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"method.{p}" for p in explain(error, METHODS[kind]))) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Each problem as `path: what is wrong`, with the nearest key for a mistyped one."""
+    found = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = list(_section_of(model, item["loc"][:-1]).model_fields)
+            found.append(f"{path}: unknown key; {did_you_mean(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            found.append(f"{path}: missing")
+        else:
+            found.append(f"{path}: {item['msg'].lower()}, got {item['input']!r}")
+    return found
+
+
+def _section_of(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
+    for name in path:
+        field = model.model_fields.get(str(name))
+        inner = field.annotation if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return model
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no run file at {path}", help="write one; `veneer train --help` shows an example") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path} must be a mapping of keys to values, not {type(values).__name__}")
+    origins: dict[str, str] = {}
+    _collect_origins(node, "", path.name, origins)
+    return values, origins
+
+
+def _collect_origins(node: yaml.MappingNode, prefix: str, file: str, origins: dict[str, str]) -> None:
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise ConfigError(f"{file}:{key.start_mark.line + 1}: '{prefix}{key.value}' is given twice")
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            _collect_origins(value, f"{prefix}{key.value}.", file, origins)
+        else:
+            origins[f"{prefix}{key.value}"] = f"{file}:{key.start_mark.line + 1}"
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected a.b=value", help="for example --set train.lr=1e-4")
+    *parents, name = path.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: '{parent}' is a value, not a section")
+    section[name] = _as_number(yaml.safe_load(text))
+    origins[path] = "--set"
+
+
+def _as_number(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _lines(values: Mapping[str, Any], prefix: str, origins: Mapping[str, str], depth: int) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            lines += ["  " * depth + f"{key}:\n", *_lines(value, f"{path}.", origins, depth + 1)]
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+            lines.append("  " * depth + f"{key}: {text}  # {origins.get(path, 'default')}\n")
+    return lines
