@@ -1,6 +1,7 @@
 """Tiny random models of every family, as transformers builds them: the oracle for the native decoder.
 
-`VARIANTS` names the configurations that differ in arithmetic; `hf_model(name)` builds one, `checkpoint(name, folder)` saves it.
+`VARIANTS` names the configurations that differ in arithmetic; `hf_model(name)` builds one, `checkpoint(name, folder)`
+saves it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ LONG_ROPE = {
     "short_factor": [1.0, 1.5, 2.0],
     "long_factor": [2.0, 4.0, 8.0],
 }
+DYNAMIC = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+}
 GPT2: dict[str, Any] = {
     "vocab_size": 97,
     "n_embd": 48,
@@ -53,7 +58,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-mha": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}}),
-    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}),
+    "llama-dynamic": ("llama", DYNAMIC),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-yarn": ("llama", {"rope_parameters": YARN_ROPE}),
     "mistral": ("mistral", {"sliding_window": None}),
@@ -90,14 +95,15 @@ def hf_config(name: str = "llama", **changes: Any) -> Any:
 
 
 def hf_model(name: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A transformers model of a variant, fp32, in eval mode, with every tensor (norms and biases too) random."""
+    """A transformers model of a variant, fp32, in eval mode, every tensor random (norms and biases too), from `seed`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = hf_config(name, **changes)
     config._attn_implementation = "eager"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

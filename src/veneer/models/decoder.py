@@ -211,7 +211,8 @@ class Decoder:
         if self.config.positions == "learned":
             self._check_length(positions)
             x = x + self.tensors["positions"][positions]
-        angles = {local: table.at(positions) for local, table in self._rope.items()}
+        ends = [(r.length, r.start + r.length) for r in runs]
+        angles = {local: table.at(positions, ends) for local, table in self._rope.items()}
         state = Pass(spans_of(spans), tuple(runs), bank, cache, angles)
         return x, state, torch.cat(keep) if has_virtual else None
 

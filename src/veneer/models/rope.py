@@ -7,6 +7,8 @@ LongRoPE also the length of the rotated vector (`attention_factor`, folded into 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +23,49 @@ class RopeTable:
     def __init__(self, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> None:
         self._rope, self._dim, self._max, self._device = rope, rope.dim or head_dim, max_positions, device
         self._cos = self._sin = torch.empty(0, self._dim // 2)
+        self._short = _longest_short(rope, max_positions)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin `[N, dim/2]` for `[N]` positions."""
+    def at(self, positions: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """cos, sin `[N, dim/2]` for `[N]` positions; `runs` are their (length, end position of the sequence so far).
+
+        LongRoPE and dynamic scaling turn a long sequence by other frequencies than a short one.
+        """
+        if all(end <= self._short for _, end in runs):
+            return self._lookup(positions)
+        pieces = [
+            self._lookup(piece) if end <= self._short else self._angles(piece, end)
+            for piece, (_, end) in zip(positions.split([n for n, _ in runs]), runs, strict=True)
+        ]
+        return torch.cat([cos for cos, _ in pieces]), torch.cat([sin for _, sin in pieces])
+
+    def _lookup(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         needed = int(positions.max()) + 1 if positions.numel() else 0
         if needed > self._cos.shape[0]:
-            self._grow(max(needed, 2 * self._cos.shape[0], 512))
+            grown = torch.arange(max(needed, 2 * self._cos.shape[0], 512), device=self._device)
+            self._cos, self._sin = self._angles(grown, 1)
         return self._cos[positions], self._sin[positions]
 
-    def _grow(self, length: int) -> None:
+    def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         frequencies, factor = scaled_frequencies(self._rope, self._dim, self._max, length)
-        angles = torch.arange(length, dtype=torch.float32, device=self._device)[:, None] * frequencies.to(self._device)
-        self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
+        angles = positions[:, None].float() * frequencies.to(self._device)
+        return angles.cos() * factor, angles.sin() * factor
+
+
+def _longest_short(rope: Rope, max_positions: int) -> float:
+    """The longest sequence that is turned by the ordinary frequencies."""
+    kind = rope.scaling.get("rope_type")
+    if kind == "longrope":
+        return float(rope.scaling.get("original_max_position_embeddings") or max_positions)
+    return float(max_positions) if kind == "dynamic" else math.inf
 
 
 def scaled_frequencies(rope: Rope, dim: int, max_positions: int, length: int) -> tuple[Tensor, float]:
-    """inv_freq `[dim/2]` in fp32 and the attention factor, for sequences up to `length`."""
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    """inv_freq `[dim/2]` in fp32 and the attention factor, for a sequence of `length`."""
     scaling = rope.scaling
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
-    if kind == "default":
+    kind = scaling.get("rope_type", "default")
+    theta = _dynamic(rope, dim, max_positions, length) if kind == "dynamic" else rope.theta
+    inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    if kind in ("default", "dynamic"):
         return inverse, 1.0
     if kind == "linear":
         return inverse / float(scaling["factor"]), 1.0
@@ -48,15 +73,22 @@ def scaled_frequencies(rope: Rope, dim: int, max_positions: int, length: int) ->
         return _llama3(inverse, scaling), 1.0
     if kind == "yarn":
         return _yarn(inverse, scaling, rope.theta, dim, max_positions)
-    if kind in ("longrope", "su"):
+    if kind == "longrope":
         return _longrope(inverse, scaling, max_positions, length)
     raise Unsupported(
         f"RoPE scaling '{kind}' is not known",
-        help="attach the adapter to the transformers model instead; known: default, linear, llama3, yarn, longrope",
+        help="attach the adapter to the transformers model instead; known: default, linear, dynamic, llama3, yarn, longrope",
     )
 
 
-def _llama3(inverse: Tensor, scaling: dict[str, float]) -> Tensor:
+def _dynamic(rope: Rope, dim: int, max_positions: int, length: int) -> float:
+    """NTK-aware: the base grows with the sequence once it is longer than the training length."""
+    factor, longest = float(rope.scaling["factor"]), max(length, max_positions)
+    stretch: float = factor * longest / max_positions - (factor - 1)
+    return float(rope.theta * stretch ** (dim / (dim - 2)))
+
+
+def _llama3(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / inverse
@@ -67,9 +99,7 @@ def _llama3(inverse: Tensor, scaling: dict[str, float]) -> Tensor:
     return torch.where(middle, blended, result)
 
 
-def _yarn(
-    inverse: Tensor, scaling: dict[str, float], theta: float, dim: int, max_positions: int
-) -> tuple[Tensor, float]:
+def _yarn(inverse: Tensor, scaling: dict[str, Any], theta: float, dim: int, max_positions: int) -> tuple[Tensor, float]:
     factor = scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or max_positions
     fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
@@ -86,7 +116,7 @@ def _yarn(
     return frequencies, _yarn_attention_factor(scaling, factor)
 
 
-def _yarn_attention_factor(scaling: dict[str, float], factor: float) -> float:
+def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
     def mscale(scale: float, weight: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
@@ -98,12 +128,11 @@ def _yarn_attention_factor(scaling: dict[str, float], factor: float) -> float:
     return mscale(factor)
 
 
-def _longrope(inverse: Tensor, scaling: dict[str, object], max_positions: int, length: int) -> tuple[Tensor, float]:
-    original = int(scaling.get("original_max_position_embeddings") or max_positions)  # type: ignore[call-overload]
-    name = "long_factor" if length > original else "short_factor"
-    factors = torch.tensor(scaling[name], dtype=torch.float32)
+def _longrope(inverse: Tensor, scaling: dict[str, Any], max_positions: int, length: int) -> tuple[Tensor, float]:
+    original = scaling.get("original_max_position_embeddings") or max_positions
+    factors = torch.tensor(scaling["long_factor" if length > original else "short_factor"], dtype=torch.float32)
     given = scaling.get("attention_factor")
     if given is not None:
-        return inverse / factors, float(given)  # type: ignore[arg-type]
-    ratio = max_positions / original
+        return inverse / factors, float(given)
+    ratio = scaling.get("factor") or max_positions / original
     return inverse / factors, 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
