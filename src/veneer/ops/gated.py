@@ -6,6 +6,7 @@ SwiGLU and its relatives: arXiv 2002.05202. Only `gate_up` is kept for the backw
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,16 +15,34 @@ from torch.nn import functional as F
 
 from veneer.registry import Registry
 
-ACTIVATIONS: Registry[Callable[[Tensor], Tensor]] = Registry("activation")
-ACTIVATIONS["silu"] = F.silu
-ACTIVATIONS["gelu"] = F.gelu
-ACTIVATIONS["gelu_tanh"] = lambda x: F.gelu(x, approximate="tanh")
-ACTIVATIONS["relu"] = torch.relu
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """f(x), and `slope(dy, x, grad_input=...)` = dy * f'(x)."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[..., Tensor]
+
+
+def _gelu_tanh_slope(dy: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
+    return aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=grad_input)  # type: ignore[no-any-return]
+
+
+def _relu_slope(dy: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
+    return aten.threshold_backward.grad_input(dy, x, 0, grad_input=grad_input)  # type: ignore[no-any-return]
+
+
+ACTIVATIONS: Registry[Activation] = Registry("activation")
+ACTIVATIONS["silu"] = Activation(F.silu, aten.silu_backward.grad_input)
+ACTIVATIONS["gelu"] = Activation(F.gelu, aten.gelu_backward.grad_input)
+ACTIVATIONS["gelu_tanh"] = Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_slope)
+ACTIVATIONS["relu"] = Activation(torch.relu, _relu_slope)
 
 
 def activate(x: Float[Tensor, "*shape"], name: str) -> Float[Tensor, "*shape"]:
-    """The activation called `name`, element by element."""
-    return ACTIVATIONS[name](x)
+    """The activation called `name`, element by element. Keeps x."""
+    return ACTIVATIONS[name].value(x)
 
 
 def gated_reference(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tensor, "n width"]:
@@ -33,5 +52,37 @@ def gated_reference(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tenso
 
 
 def gated(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tensor, "n width"]:
-    """act(gate) * up."""
-    return gated_reference(gate_up, name)
+    """act(gate) * up. Keeps `gate_up`."""
+    found: Any = _Gated.apply(gate_up, name)
+    return found  # type: ignore[no-any-return]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.name = name
+        return gated_value(gate_up, name)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        return gated_slope(gate_up, dy, ctx.name), None
+
+
+@torch.no_grad()
+def gated_value(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tensor, "n width"]:
+    """act(gate) * up, without a gradient."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activate(gate, name).mul_(up)
+
+
+@torch.no_grad()
+def gated_slope(gate_up: Float[Tensor, "n twice"], dy: Float[Tensor, "n width"], name: str) -> Float[Tensor, "n twice"]:
+    """The gradient of `gate_up` for the gradient dy of act(gate) * up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    found = torch.empty_like(gate_up)
+    d_gate, d_up = found.chunk(2, dim=-1)
+    torch.mul(dy, activate(gate, name), out=d_up)
+    ACTIVATIONS[name].slope(dy * up, gate, grad_input=d_gate)
+    return found

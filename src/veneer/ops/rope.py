@@ -1,9 +1,12 @@
 """Rotary positions (arXiv 2104.09864), in the rotate-half pairing of checkpoints: dimension i turns with i + dim/2.
 
 y_i = x_i cos - x_j sin,  y_j = x_j cos + x_i sin,  j = i + dim/2. Dimensions from `dim` on are passed through (NeoX).
+Nothing but the tables is kept: the gradient is turned back by the same angles.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,4 +28,31 @@ def rotary(
     x: Float[Tensor, "n heads d"], cos: Float[Tensor, "n half"], sin: Float[Tensor, "n half"]
 ) -> Float[Tensor, "n heads d"]:
     """Turn every head of row n by its angles. cos and sin are tables: they get no gradient."""
-    return rotary_reference(x, cos, sin)
+    found: Any = _Rotary.apply(x, cos, sin)
+    return found  # type: ignore[no-any-return]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turned(dy, cos, -sin), None, None
+
+
+@torch.no_grad()
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` without a gradient: a new, contiguous tensor."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    cos, sin = cos[:, None], sin[:, None]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    y[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    if 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
+    return y
