@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.data import Dataset, batch, length_sorted
+from veneer.data import Dataset, batch, plan_rows
 from veneer.models.bank import Bank, spans_of
 from veneer.models.base import Base
 from veneer.models.project import spans_at
@@ -44,9 +44,9 @@ def row_losses(
     nll = torch.zeros(len(dataset), dtype=torch.float64)
     weight = torch.zeros(len(dataset), dtype=torch.float64)
     with torch.inference_mode():
-        for rows in length_sorted(dataset, tokens_per_pass):
+        for rows in plan_rows(dataset, tokens_per_pass):
             packed = batch(dataset, rows, adapter)
-            labelled = (packed.labels != -100).nonzero().squeeze(1)
+            labelled = packed.labelled
             hidden = base.decoder.forward(packed.tokens, packed.segments, bank, rows=labelled)
             spans = spans_at(spans_of(packed.segments), labelled)
             losses = base.decoder.nll(hidden, packed.labels[labelled], spans, bank).double()

@@ -1,0 +1,250 @@
+"""A run: one folder that holds everything about one training, from the resolved configuration to the report.
+
+    config.yaml       resolved, each value with its origin
+    adapter/ last/    the best adapter (the last where there is no held-out data), and the last
+    metrics.jsonl     one object per optimiser step
+    checkpoint/       exact resume
+    provenance.json   base identity, data hashes, versions, dtype, threads
+    report.md         the run in one page, with plots
+
+Every file appears by atomic rename. One run per folder at a time: a lock says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import veneer
+from veneer.adapter import Adapter, Provenance
+from veneer.data import Dataset
+from veneer.errors import Conflict, ResourceError
+from veneer.evaluate.loss import row_losses
+from veneer.inject.create import create
+from veneer.methods import Method
+from veneer.methods._lowrank import LowRankMethod
+from veneer.models.bank import Dropout
+from veneer.models.base import Base
+from veneer.train import checkpoint
+from veneer.train.checkpoint import Cursor, write_bytes, write_json
+from veneer.train.config import Resolved, TrainConfig
+from veneer.train.events import Evaluation, Event, Preflight, Step
+from veneer.train.loop import Run, Schedule, fit
+from veneer.train.optim import OPTIMIZERS, FlatParameters
+from veneer.train.preflight import preflight
+from veneer.train.schedule import plan_schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained on what: plain values, no file names."""
+
+    spec: Method
+    config: TrainConfig
+    dataset: Dataset
+    held_out: Dataset | None = None
+    general: Dataset | None = None
+    resolved: Resolved | None = None
+    notes: tuple[str, ...] = ()
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def run_task(
+    base: Base,
+    task: Task,
+    folder: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train `task` on `base` into `folder`, yielding events. The adapter is then in `folder/adapter`."""
+    with locked(folder):
+        yield from _run_locked(base, task, folder, resume, should_stop)
+
+
+def _run_locked(
+    base: Base, task: Task, folder: Path, resume: bool, should_stop: Callable[[], bool]
+) -> Iterator[Event]:
+    saved = folder / "checkpoint"
+    if not resume and ((folder / "adapter").exists() or checkpoint.exists(saved)):
+        raise Conflict(f"{folder} already holds a run", help="go on with --resume, or choose another --out")
+    schedule, tokens_per_pass = plan_schedule(base, task.dataset, task.config, task.spec)
+    run, generators = _prepare(base, task, schedule)
+    mark = fingerprint(base, task)
+    if resume and checkpoint.exists(saved):
+        run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark)
+    run.cursor.fingerprint = mark
+    ready = preflight(base, task.spec, task.config, task.dataset, run, tokens_per_pass, task.notes)
+    yield ready
+    writer = _Writer(folder, base, task, generators)
+    writer.begin(run, ready)
+    for event in fit(run, writer.evaluate, writer.save, should_stop=should_stop, dump=folder):
+        writer.record(event)
+        yield event
+    writer.end(run)
+
+
+def _prepare(base: Base, task: Task, schedule: Schedule) -> tuple[Run, dict[str, torch.Generator]]:
+    """The run at its start. The seed covers the adapter's init, dropout and, by the schedule, the order of the data."""
+    generators = {name: torch.Generator() for name in ("init", "dropout")}
+    for offset, generator in enumerate(generators.values()):
+        generator.manual_seed(task.config.seed * 1009 + offset)
+    adapter = create(base, task.spec, generators["init"], stats=task.stats, provenance=provenance(base, task))
+    parameters = FlatParameters(adapter, base.decoder.device)
+    optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config)
+    rate = task.spec.dropout if isinstance(task.spec, LowRankMethod) else 0.0
+    dropout = Dropout(rate, generators["dropout"]) if rate else None
+    recompute = base.config.layers if task.config.recompute == "all" and not rate else 0
+    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, recompute)
+    return run, generators
+
+
+def provenance(base: Base, task: Task) -> Provenance:
+    """Where the adapter of this task comes from."""
+    return Provenance(
+        base=base.identity,
+        base_name=base.name,
+        trained_on=str(base.dtype).removeprefix("torch."),
+        data=task.dataset.sha256,
+        chat_template=None if base.tokenizer is None else base.tokenizer.template,
+    )
+
+
+def fingerprint(base: Base, task: Task) -> str:
+    """SHA-256 of everything that decides the numbers of a run."""
+    free = {"tensorboard", "save_every", "memory"}
+    decisive = {
+        "method": {"kind": task.spec.kind} | task.spec.model_dump(mode="json"),
+        "train": {k: v for k, v in task.config.model_dump(mode="json").items() if k not in free},
+        "data": [content_digest(d) for d in (task.dataset, task.held_out) if d is not None],
+        "base": base.identity,
+        "dtype": str(base.dtype),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def content_digest(dataset: Dataset) -> str:
+    """SHA-256 of the tokens and weights that are trained on, whatever file they came from."""
+    digest = hashlib.sha256()
+    for array in (dataset.tokens, dataset.weights, dataset.offsets):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class _Writer:
+    """Puts a run's events and adapters into its folder."""
+
+    def __init__(self, folder: Path, base: Base, task: Task, generators: dict[str, torch.Generator]) -> None:
+        self.folder, self.base, self.task, self.generators = folder, base, task, generators
+        self.metrics = folder / "metrics.jsonl"
+        self.pending: dict[str, Any] | None = None
+
+    def begin(self, run: Run, ready: Preflight) -> None:
+        """The files that exist before the first step; metrics of steps after the checkpoint are dropped."""
+        if self.task.resolved is not None:
+            write_bytes(self.folder / "config.yaml", self.task.resolved.to_yaml().encode())
+        write_json(self.folder / "provenance.json", self._provenance(ready))
+        kept = []
+        if self.metrics.exists() and run.cursor.step:
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= run.cursor.step]
+        write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+
+    def evaluate(self, run: Run) -> tuple[float | None, float | None]:
+        """Held-out loss and general loss of the run as it is."""
+        bank = run.frozen_bank()
+
+        def mean(dataset: Dataset | None) -> float | None:
+            return None if dataset is None else row_losses(self.base, dataset, bank, 0).mean
+
+        return mean(self.task.held_out), mean(self.task.general)
+
+    def save(self, run: Run, is_best: bool) -> None:
+        """The best adapter, or a checkpoint with the last one."""
+        adapter = self._adapter(run)
+        if is_best or (self.task.held_out is None):
+            adapter.save(self.folder / "adapter")
+        if not is_best:
+            adapter.save(self.folder / "last")
+            checkpoint.write(self.folder / "checkpoint", run.cursor, run.parameters, run.optimizer, self.generators)
+
+    def record(self, event: Event) -> None:
+        """One line of metrics per step; an evaluation joins the step it follows."""
+        if isinstance(event, Step):
+            self._flush()
+            self.pending = {k: v for k, v in asdict(event).items() if k != "total"}
+        elif isinstance(event, Evaluation) and self.pending is not None:
+            self.pending |= {"eval_loss": event.eval_loss, "general_loss": event.general_loss}
+            self._flush()
+
+    def end(self, run: Run) -> None:
+        self._flush()
+        if not (self.folder / "adapter").exists():
+            self._adapter(run).save(self.folder / "adapter")
+
+    def _flush(self) -> None:
+        if self.pending is None:
+            return
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.pending) + "\n")
+        except OSError as error:
+            raise ResourceError(
+                f"{self.metrics} could not be written: {error.strerror}", help="free some space, then run with --resume"
+            ) from error
+        self.pending = None
+
+    def _adapter(self, run: Run) -> Adapter:
+        adapter = run.parameters.snapshot()
+        samples = {t: self.base.samples(t) for t in adapter.targets}
+        return replace(adapter, provenance=replace(adapter.provenance, base_samples=samples))
+
+    def _provenance(self, ready: Preflight) -> dict[str, Any]:
+        return {
+            "veneer": veneer.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "dtype": ready.dtype,
+            "base": {"name": self.base.name, "identity": self.base.identity},
+            "data": {
+                name: dataset.sha256
+                for name, dataset in (
+                    ("train", self.task.dataset),
+                    ("eval", self.task.held_out),
+                    ("general", self.task.general),
+                )
+                if dataset is not None
+            },
+            "fingerprint": fingerprint(self.base, self.task),
+        }
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; a second run in it is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be used for a run: {error.strerror}", help="choose a folder you can write to with --out"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another run is working in {folder}", help="wait for it, or choose another --out") from error
+        yield
+    finally:
+        os.close(handle)
