@@ -30,7 +30,9 @@ def test_gradcheck(heads: int, kv: int, options: dict[str, float]) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, [6, 1, 2], scale=0.5, **options), (q, k, v))
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 70}, {"window": 7}, {"softcap": 2.0}], ids=["plain", "wide", "narrow", "cap"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 70}, {"window": 7}, {"softcap": 2.0}], ids=["plain", "wide", "narrow", "cap"]
+)
 @pytest.mark.parametrize("lengths", [[300], [1, 129, 128, 42], [64] * 4 + [44]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_equal_definition(lengths: list[int], options: dict[str, float], dtype: torch.dtype) -> None:

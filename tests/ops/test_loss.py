@@ -39,7 +39,8 @@ def test_equals_definition(chunk: int, softcap: float | None, weighted: bool, wi
     left, right = (torch.autograd.grad(loss * 0.7, hidden)[0] for loss in (found, wanted))
     torch.testing.assert_close(left, right)
     torch.testing.assert_close(
-        token_nll(hidden, weight, labels, chunk=chunk, **options), token_nll_reference(hidden, weight, labels, **options).detach()
+        token_nll(hidden, weight, labels, chunk=chunk, **options),
+        token_nll_reference(hidden, weight, labels, **options).detach(),
     )
 
 

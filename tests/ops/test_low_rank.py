@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from veneer.ops.gated import gated_reference
-from veneer.ops.low_rank import DenseFrozen, Pack, adapted_linear, adapted_linear_reference, gated_adapted_linear
+from veneer.ops.low_rank import (
+    DenseFrozen,
+    Pack,
+    adapted_linear,
+    adapted_linear_reference,
+    gated_adapted_linear,
+    norm_adapted_linear,
+)
+from veneer.ops.norm import rms_norm_reference
 from veneer.types import Span
 
 IN, PARTS = 6, (4, 2, 3)
@@ -131,7 +139,9 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
             raise AssertionError("the input needs no gradient")
 
     pack = make_pack("l")
-    y = adapted_linear(torch.randn(7, IN, dtype=torch.float64), Counting(torch.randn(OUT, IN).double()), None, [pack], ONE)
+    y = adapted_linear(
+        torch.randn(7, IN, dtype=torch.float64), Counting(torch.randn(OUT, IN).double()), None, [pack], ONE
+    )
     y.sum().backward()
     assert pack.A is not None and pack.A.grad is not None
 
@@ -147,3 +157,42 @@ def test_one_row_at_a_time_is_all_rows_at_once() -> None:
         together = adapted_linear(x, frozen, None, packs, spans)
         alone = [adapted_linear(x[i : i + 1], frozen, None, packs, [Span(0, 1, i - 1)]) for i in range(8)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spans", [ONE, MIXED], ids=["one", "mixed"])
+@pytest.mark.parametrize("kind", ["l", "liob", ""])
+def test_norm_equals_definition(kind: str, spans: list[Span]) -> None:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(7, IN, generator=g, dtype=torch.float64, requires_grad=True)
+    norm, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((IN,), (OUT, IN)))
+    packs = [make_pack(kind, seed=2), make_pack("lo", seed=3)]
+    found = norm_adapted_linear(x, norm, 1e-5, DenseFrozen(weight), None, packs, spans, offset=1.0)
+    wanted = adapted_linear_reference(rms_norm_reference(x, norm, 1e-5, offset=1.0), weight, None, packs, spans)
+    assert_same_gradients(found, wanted, [x, *leaves(packs)], 1e-10)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["divides", "keeps"])
+def test_out_scale_gradient_at_zero(zero: bool) -> None:
+    """The output is divided by its scale to get the gradient of the scale, unless a scale is zero."""
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((7, IN), (OUT, IN)))
+    pack = make_pack("lo")
+    assert pack.out_scale is not None
+    if zero:
+        pack.out_scale.data[2] = 0
+    found = adapted_linear(x, DenseFrozen(weight), None, [pack], ONE)
+    wanted = adapted_linear_reference(x, weight, None, [pack], ONE)
+    assert_same_gradients(found, wanted, leaves([pack]), 1e-10)
+
+
+def test_fp32_frozen_product_is_exact_enough() -> None:
+    """fp32 products go through oneDNN where torch has it; both ways round, and from a transposed store."""
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*shape, generator=g) for shape in ((40, 24), (56, 24)))
+    dy = torch.randn(40, 56, generator=g)
+    for stored in (weight, weight.t().contiguous().t()):
+        frozen = DenseFrozen(stored)
+        torch.testing.assert_close(frozen.apply(x).double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            frozen.apply_transposed(dy).double(), dy.double() @ weight.double(), rtol=1e-5, atol=1e-5
+        )

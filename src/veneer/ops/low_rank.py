@@ -3,68 +3,35 @@
 LoRA: arXiv 2106.09685. `x` is `[N, in]`; a projection group (q|k|v) is one product with one A for all its parts and one B per
 part. Rows are given as spans: `packs[span.index]` applies to rows start..stop, index -1 is the bare base.
 
-What each operation keeps: its input x and the r-wide shrink x A^T. The frozen weight is a `Frozen`: dense here, quantised
-weights elsewhere bring their own, and are never kept for the backward pass.
+Kept for the backward pass: what x was made from (x itself, or `gate_up`, or the residual stream before its norm), the r-wide
+shrink x A^T, and y where an out_scale is trained. Never kept: the frozen weight in any form, the scaled or activated input.
+Adapters may be fp32 on a bf16 base: they are cast (they are small), x is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.ops.gated import gated
+from veneer.ops.frozen import DenseFrozen, Frozen
+from veneer.ops.prologue import Gated, Identity, Normed, Prologue
 from veneer.types import Span
 
-
-@runtime_checkable
-class Frozen(Protocol):
-    """A product with a weight that never changes. Neither method records a gradient."""
-
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def apply(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
-        """x W^T, a new tensor."""
-
-    def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:
-        """dy W, a new tensor."""
-
-
-@dataclass(frozen=True, eq=False)
-class DenseFrozen:
-    """A 16- or 32-bit weight `[out, in]`, in any stride order."""
-
-    weight: Tensor
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    def apply(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
-        with torch.no_grad():
-            return torch.mm(x, self.weight.t())
-
-    def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:
-        with torch.no_grad():
-            return torch.mm(dy, self.weight)
+__all__ = [
+    "DenseFrozen",
+    "Frozen",
+    "Pack",
+    "adapted_linear",
+    "adapted_linear_reference",
+    "gated_adapted_linear",
+    "norm_adapted_linear",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +53,22 @@ class Pack:
     out_scale: Tensor | None = None
     bias: Tensor | None = None
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.A, self.in_scale, self.out_scale, self.bias, *self.B)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Pack:
+        """The same pack over other tensors, in the order of `tensors()`: cast copies, or gradients."""
+        A, in_scale, out_scale, bias, *B = tensors
+        return Pack(A, tuple(B), self.columns, in_scale, out_scale, bias)  # type: ignore[arg-type]
+
+    def ranks(self) -> list[tuple[int, int]]:
+        """The columns of x A^T that belong to each B."""
+        stops = [sum(b.shape[1] for b in self.B[: i + 1]) for i in range(len(self.B))]
+        return list(zip([0, *stops], stops, strict=False))
+
+
+BARE = Pack()
+
 
 def adapted_linear_reference(
     x: Float[Tensor, "n inp"],
@@ -98,37 +81,19 @@ def adapted_linear_reference(
     found = []
     for span in spans:
         rows = x[span.start : span.stop]
-        pack = packs[span.index] if span.index >= 0 else Pack()
+        pack = packs[span.index] if span.index >= 0 else BARE
         if pack.in_scale is not None:
             rows = rows * pack.in_scale.to(x.dtype)
         y = rows @ weight.t()
         if pack.A is not None:
-            y = y + _low_rank(rows, pack, y.shape[1])
+            for b, (first, last), (start, stop) in zip(pack.B, pack.ranks(), pack.columns, strict=True):
+                update = rows @ pack.A[first:last].to(x.dtype).t() @ b.to(x.dtype).t()
+                y = y + F.pad(update, (start, y.shape[1] - stop))
         if pack.out_scale is not None:
             y = y * pack.out_scale.to(x.dtype)
-        b = bias if pack.bias is None else pack.bias
-        found.append(y if b is None else y + b.to(x.dtype))
+        total = bias if pack.bias is None else pack.bias
+        found.append(y if total is None else y + total.to(x.dtype))
     return torch.cat(found)
-
-
-def _low_rank(x: Tensor, pack: Pack, out_features: int) -> Tensor:
-    assert pack.A is not None
-    shrunk = F.linear(x, pack.A.to(x.dtype)).split([b.shape[1] for b in pack.B], dim=1)
-    y = x.new_zeros(len(x), out_features)
-    for h, b, (start, stop) in zip(shrunk, pack.B, pack.columns, strict=True):
-        y = y + F.pad(F.linear(h, b.to(x.dtype)), (start, out_features - stop))
-    return y
-
-
-class _FrozenProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        ctx.frozen = frozen
-        return frozen.apply(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.frozen.apply_transposed(dy), None
 
 
 def adapted_linear(
@@ -139,20 +104,7 @@ def adapted_linear(
     spans: Sequence[Span],
 ) -> Float[Tensor, "n out"]:
     """y = (x W^T + (x A^T) B^T) * out_scale + bias. The spans cover all rows of x in order."""
-    found = []
-    for span in spans:
-        rows = x[span.start : span.stop]
-        pack = packs[span.index] if span.index >= 0 else Pack()
-        if pack.in_scale is not None:
-            rows = rows * pack.in_scale.to(x.dtype)
-        y: Any = _FrozenProduct.apply(rows, frozen)
-        if pack.A is not None:
-            y = y + _low_rank(rows, pack, y.shape[1])
-        if pack.out_scale is not None:
-            y = y * pack.out_scale.to(x.dtype)
-        b = bias if pack.bias is None else pack.bias
-        found.append(y if b is None else y + b.to(x.dtype))
-    return torch.cat(found)
+    return _run(x, Identity(), frozen, bias, packs, spans)
 
 
 def gated_adapted_linear(
@@ -163,5 +115,219 @@ def gated_adapted_linear(
     packs: Sequence[Pack],
     spans: Sequence[Span],
 ) -> Float[Tensor, "n out"]:
-    """adapted_linear(act(gate) * up, ...), the last product of a gated MLP."""
-    return adapted_linear(gated(gate_up, activation), frozen, bias, packs, spans)
+    """`adapted_linear(act(gate) * up, ...)`, the last product of a gated MLP; keeps `gate_up` and not what it becomes."""
+    return _run(gate_up, Gated(activation), frozen, bias, packs, spans)
+
+
+def norm_adapted_linear(
+    x: Float[Tensor, "n inp"],
+    norm_weight: Float[Tensor, " inp"],
+    eps: float,
+    frozen: Frozen,
+    bias: Float[Tensor, " out"] | None,
+    packs: Sequence[Pack],
+    spans: Sequence[Span],
+    *,
+    offset: float = 0.0,
+) -> Float[Tensor, "n out"]:
+    """`adapted_linear(rms_norm(x, norm_weight, eps, offset=offset), ...)`; keeps x, which the residual stream keeps anyway.
+
+    For a frozen norm: `norm_weight` gets no gradient.
+    """
+    return _run(x, Normed(norm_weight, eps, offset), frozen, bias, packs, spans)
+
+
+def _run(
+    source: Tensor,
+    prologue: Prologue,
+    frozen: Frozen,
+    bias: Tensor | None,
+    packs: Sequence[Pack],
+    spans: Sequence[Span],
+) -> Tensor:
+    used = sorted({span.index for span in spans if span.index >= 0})
+    ours = [packs[i] for i in used]
+    rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
+    return _Adapted.apply(source, prologue, frozen, bias, ours, rows, *(t for p in ours for t in p.tensors()))  # type: ignore[no-any-return, no-untyped-call]
+
+
+Rows = list[tuple[slice, int]]
+"""Row ranges, and which of the packs in use applies to each."""
+
+
+class _Adapted(torch.autograd.Function):
+    """The packs' tensors are passed once more, flat, so that autograd sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        prologue: Prologue,
+        frozen: Frozen,
+        bias: Tensor | None,
+        packs: list[Pack],
+        rows: Rows,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        cast = [
+            pack.with_tensors([None if t is None else t.detach().to(source.dtype) for t in pack.tensors()])
+            for pack in packs
+        ]
+        x = _scaled(prologue.value(source), cast, rows)
+        y = frozen.apply(x)
+        shrunk = [_add_low_rank(y[part], x[part], cast[i]) for part, i in rows]
+        wants_scale = any(ctx.needs_input_grad[6:]) and any(True for _ in _vectors("out_scale", cast, rows))
+        unscaled = y.clone() if wants_scale and not _invertible(bias, cast, rows) else None
+        _finish(y, bias, cast, rows)
+        wants_x = any(t is not None for pack in packs for t in (pack.A, pack.in_scale))
+        kept = unscaled if unscaled is not None else y if wants_scale else None
+        ctx.save_for_backward(source if wants_x or prologue.keeps else None, kept, *shrunk)
+        ctx.rest = (
+            prologue,
+            frozen,
+            [tuple(None if t is None else t.dtype for t in p.tensors()) for p in packs],
+            cast,
+            rows,
+        )
+        ctx.divide = unscaled is None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        source, kept, *shrunk = ctx.saved_tensors
+        prologue, frozen, dtypes, cast, rows = ctx.rest
+        wants_source = ctx.needs_input_grad[0]
+        grads = Gradients(dtypes, ctx.needs_input_grad[6:])
+        dy = grads.finish(dy, kept, cast, rows, divide=ctx.divide)
+        dx = frozen.apply_transposed(dy) if wants_source or grads.wants("in_scale") else None
+        plain = prologue.value(source) if grads.wants("A") or grads.wants("in_scale") else None
+        x = None if plain is None else _scaled(plain, cast, rows)
+        for (part, i), h in zip(rows, shrunk, strict=True):
+            if h is not None:
+                grads.low_rank(
+                    i, cast[i], dy[part], None if x is None else x[part], h, None if dx is None else dx[part]
+                )
+        if dx is not None:
+            grads.in_scale(dx, plain, cast, rows)
+        d_source = prologue.slope(source, dx) if wants_source else None
+        return (d_source, None, None, None, None, None, *grads.flat())
+
+
+def _vectors(name: str, packs: list[Pack], rows: Rows) -> Iterator[tuple[slice, int, Tensor]]:
+    """Row ranges with that vector, the pack's number, and the vector."""
+    slot = SLOTS[name]
+    for part, i in rows:
+        vector = packs[i].tensors()[slot]
+        if vector is not None:
+            yield part, i, vector
+
+
+def _scaled(x: Tensor, packs: list[Pack], rows: Rows) -> Tensor:
+    """x with the in_scales on: x itself where there are none, else a copy."""
+    found = x
+    for part, _, vector in _vectors("in_scale", packs, rows):
+        found = x.clone() if found is x else found
+        found[part] *= vector
+    return found
+
+
+def _add_low_rank(y: Tensor, x: Tensor, pack: Pack) -> Tensor | None:
+    """y += (x A^T) B^T in place, each part on its own columns; returns x A^T."""
+    if pack.A is None:
+        return None
+    h = x @ pack.A.t()
+    for b, (first, last), (start, stop) in zip(pack.B, pack.ranks(), pack.columns, strict=True):
+        y[:, start:stop].addmm_(h[:, first:last], b.t())
+    return h
+
+
+def _invertible(bias: Tensor | None, packs: list[Pack], rows: Rows) -> bool:
+    """Whether y / out_scale is what y was before its scales: no bias in the way, no zero among them.
+
+    Then y itself is kept, which most consumers keep as well, so that DoRA costs no activation memory of its own.
+    """
+    biased = bias is not None or any(True for _ in _vectors("bias", packs, rows))
+    return not biased and all(bool(vector.all()) for _, _, vector in _vectors("out_scale", packs, rows))
+
+
+def _finish(y: Tensor, bias: Tensor | None, packs: list[Pack], rows: Rows) -> None:
+    """y = y * out_scale + bias, in place. Rows without a bias of their own get the base's."""
+    for part, _, vector in _vectors("out_scale", packs, rows):
+        y[part] *= vector
+    own = list(_vectors("bias", packs, rows))
+    if bias is not None and not own:
+        y += bias.to(y.dtype)
+    elif bias is not None:
+        plain = torch.ones(len(y), 1, dtype=y.dtype, device=y.device)
+        for part, _, _ in own:
+            plain[part] = 0
+        y.addcmul_(plain, bias.to(y.dtype))
+    for part, _, vector in own:
+        y[part] += vector
+
+
+class Gradients:
+    """The gradients of the packs' tensors, summed over spans, each in its tensor's own dtype."""
+
+    def __init__(self, dtypes: list[tuple[torch.dtype | None, ...]], needed: Sequence[bool]) -> None:
+        flags = iter(needed)
+        self._dtypes = dtypes
+        self._needed = [[next(flags) for _ in pack] for pack in dtypes]
+        self._sums: list[list[Tensor | None]] = [[None] * len(pack) for pack in dtypes]
+
+    def wants(self, name: str) -> bool:
+        return any(flags[SLOTS[name]] for flags in self._needed)
+
+    def _add(self, i: int, slot: int, value: Tensor) -> None:
+        have = self._sums[i][slot]
+        self._sums[i][slot] = value.to(self._dtypes[i][slot]) if have is None else have.add_(value)
+
+    def finish(self, dy: Tensor, kept: Tensor | None, packs: list[Pack], rows: Rows, *, divide: bool) -> Tensor:
+        """Gradients of biases and out_scales; returns the gradient of y as it was before them."""
+        for part, i, _ in _vectors("bias", packs, rows):
+            if self._needed[i][SLOTS["bias"]]:
+                self._add(i, SLOTS["bias"], _row_sum(dy[part]))
+        unscaled = dy
+        for part, i, vector in _vectors("out_scale", packs, rows):
+            if self._needed[i][SLOTS["out_scale"]]:
+                assert kept is not None
+                total = _row_sum(dy[part] * kept[part])
+                self._add(i, SLOTS["out_scale"], total / vector if divide else total)
+            unscaled = dy.clone(memory_format=torch.contiguous_format) if unscaled is dy else unscaled
+            unscaled[part] *= vector
+        return unscaled
+
+    def low_rank(self, i: int, pack: Pack, dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor | None) -> None:
+        """dB = dy^T h and dA = (dy B)^T x for one span; dx += (dy B) A in place."""
+        assert pack.A is not None
+        dh = torch.empty_like(h)
+        for p, (b, (first, last), (start, stop)) in enumerate(zip(pack.B, pack.ranks(), pack.columns, strict=True)):
+            ours = dy[:, start:stop]
+            torch.mm(ours, b, out=dh[:, first:last])
+            if self._needed[i][FIRST_B + p]:
+                self._add(i, FIRST_B + p, torch.mm(h[:, first:last].t(), ours).t())
+        if self._needed[i][SLOTS["A"]]:
+            assert x is not None
+            self._add(i, SLOTS["A"], torch.mm(dh.t(), x))
+        if dx is not None:
+            dx.addmm_(dh, pack.A)
+
+    def in_scale(self, dx: Tensor, x: Tensor | None, packs: list[Pack], rows: Rows) -> None:
+        """Gradients of in_scales; dx becomes the gradient of the unscaled x, in place."""
+        for part, i, vector in _vectors("in_scale", packs, rows):
+            if self._needed[i][SLOTS["in_scale"]]:
+                assert x is not None
+                self._add(i, SLOTS["in_scale"], _row_sum(dx[part] * x[part]))
+            dx[part] *= vector
+
+    def flat(self) -> list[Tensor | None]:
+        return [value for sums in self._sums for value in sums]
+
+
+SLOTS = {"A": 0, "in_scale": 1, "out_scale": 2, "bias": 3}
+"""Places in `Pack.tensors()`; the B of each part follow."""
+FIRST_B = 4
+
+
+def _row_sum(t: Tensor) -> Tensor:
+    return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))

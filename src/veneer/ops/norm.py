@@ -31,8 +31,7 @@ def rms_norm(
     x: Float[Tensor, "*rows d"], weight: Float[Tensor, " d"], eps: float, *, offset: float = 0.0
 ) -> Float[Tensor, "*rows d"]:
     """RMSNorm; `weight` may require a gradient. Keeps x and 1 / rms."""
-    found: Any = _RMSNorm.apply(x, weight, eps, offset)
-    return found  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
