@@ -4,8 +4,8 @@ A `Bank` holds one entry per adapter. For each projection group it has the adapt
 stacked, B's per part, scales and biases folded), so a group costs one shrink whatever the number of parts. The decoder holds no
 adapter state: a bank is passed to each forward.
 
-The surprise: packing is differentiable and happens once per optimiser step, not once per micro-batch. The trainer runs the decoder
-on `leaves` (detached copies that collect gradients) and sends the sum back through packing and lowering in one go. That is why
+The surprise: packing is differentiable and happens once per optimiser step, not once per micro-batch. The trainer runs the
+decoder on `leaves` (detached copies that collect gradients) and sends the sum back through packing and lowering in one go. That is why
 DoRA's norms cost nothing per micro-batch.
 """
 
@@ -152,7 +152,11 @@ class Bank:
 
         def of_bottleneck(b: Bottleneck) -> Bottleneck:
             return replace(
-                b, down=function(b.down), down_bias=function(b.down_bias), up=function(b.up), up_bias=function(b.up_bias)
+                b,
+                down=function(b.down),
+                down_bias=function(b.down_bias),
+                up=function(b.up),
+                up_bias=function(b.up_bias),
             )
 
         return replace(
@@ -232,9 +236,7 @@ def _whole_out_scale(group: Group, scales: Mapping[int, tuple[Tensor, bool]]) ->
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def _whole_bias(
-    group: Group, scales: Mapping[int, tuple[Tensor, bool]], biases: Mapping[int, Tensor]
-) -> Tensor | None:
+def _whole_bias(group: Group, scales: Mapping[int, tuple[Tensor, bool]], biases: Mapping[int, Tensor]) -> Tensor | None:
     """The bias of the adapted group, or None where it is the base's own."""
     scaled = {i for i, (_, scales_bias) in scales.items() if scales_bias and group.bias is not None}
     if not scaled and not biases:

@@ -63,7 +63,7 @@ class Cache(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Append k, v `[N, kv_heads, head_dim]` of each run and attend causally over all that is stored: `[N, heads, head_dim]`."""
+        """Append k, v `[N, kv_heads, head_dim]` of each run, attend causally over all that is stored; `[N, heads, head_dim]`."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,7 @@ class Decoder:
         cap = self.config.logit_softcap
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
-    def loss(
-        self, hidden: Tensor, labels: Tensor, weights: Tensor | None, spans: Sequence[Span], bank: Bank
-    ) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None, spans: Sequence[Span], bank: Bank) -> Tensor:
         """Sum over rows of weight * negative log-likelihood of `labels`, fp32. Rows are the labelled ones."""
         if self._head_is_adapted(spans, bank):
             losses = F.cross_entropy(self.logits(hidden, spans, bank).float(), labels, reduction="none")
@@ -169,9 +167,7 @@ class Decoder:
             if self._head_is_adapted(spans, bank):
                 return F.cross_entropy(self.logits(hidden, spans, bank).float(), labels, reduction="none")
             head = self.groups["head"]
-            return token_nll(
-                hidden, self._head_weight(), labels, softcap=self.config.logit_softcap, bias=head.bias
-            )
+            return token_nll(hidden, self._head_weight(), labels, softcap=self.config.logit_softcap, bias=head.bias)
 
     # -- its parts -----------------------------------------------------------------------------------------------------
 
@@ -304,7 +300,12 @@ class Decoder:
     def _mlp(self, m: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
         up = self._project(f"{name}.up", m, spans, bank)
         down = f"{name}.down"
-        if self.config.gated and down not in bank.split and not bank.dropout and not self._overridden(down, spans, bank):
+        if (
+            self.config.gated
+            and down not in bank.split
+            and not bank.dropout
+            and not self._overridden(down, spans, bank)
+        ):
             group, packed = self.groups[down], bank.groups.get(down)
             packs, own = packs_of(packed, spans)
             return gated_adapted_linear(up, self.config.activation, group.frozen, group.bias, packs, own)
@@ -358,4 +359,3 @@ def _extend_runs(runs: list[Run], sequence: int, start: int, length: int) -> Non
         runs[-1] = Run(sequence, runs[-1].start, runs[-1].length + length)
     else:
         runs.append(Run(sequence, start, length))
-

@@ -77,7 +77,9 @@ def read_task(base: Base, resolved: Resolved) -> Task:
 def read_data(base: Base, path: Path, data: DataConfig, config: TrainConfig, *, is_general: bool = False) -> Dataset:
     """One file as tokens. Held-out general text finds its own format and drops what is too long."""
     if base.tokenizer is None:
-        raise Unsupported(f"base '{base.name}' has no tokenizer, so text can't be read", help="add tokenizer.json to its folder")
+        raise Unsupported(
+            f"base '{base.name}' has no tokenizer, so text can't be read", help="add tokenizer.json to its folder"
+        )
     rows = load(path, format="auto" if is_general else data.format)
     return encode(
         rows,

@@ -124,7 +124,9 @@ def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> R
         except ConfigError as error:
             problems.append(error.message)
     if problems or checked is None:
-        raise ConfigError(f"{where} is not a valid run:\n{listed(problems)}", help="`veneer train --help` shows every key")
+        raise ConfigError(
+            f"{where} is not a valid run:\n{listed(problems)}", help="`veneer train --help` shows every key"
+        )
     return checked
 
 
@@ -169,7 +171,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise NotFound(f"there is no run file at {path}", help="write one; `veneer train --help` shows an example") from error
+        raise NotFound(
+            f"there is no run file at {path}", help="write one; `veneer train --help` shows an example"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     try:

@@ -1,7 +1,7 @@
 """The training loop: a function over plain values that yields events.
 
-One optimiser step: lower the adapter once, run its micro-batches on detached leaves, send the summed gradient back through lowering
-once, clip, update. The loss of a step is the sum over its label tokens divided by their weight, whatever the micro-batches, so
+One optimiser step: lower the adapter once, run its micro-batches on detached leaves, send the summed gradient back
+through lowering once, clip, update. The loss of a step is the sum over its label tokens divided by their weight, whatever the micro-batches, so
 1x8, 2x4 and 8x1 are the same step.
 """
 
@@ -140,7 +140,7 @@ def accumulate(run: Run, passes: Sequence[Batch], weight: float) -> Tensor:
     for item in passes:
         loss = pass_loss(run.base, leaves, item, run.recompute) / weight
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         total += loss.detach().double()
     reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
     if reached:

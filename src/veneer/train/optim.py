@@ -1,7 +1,7 @@
 """Optimisers over flat buffers: an adapter's parameters, gradients and moments are one stretch of memory per group.
 
-AdamW (arXiv 1711.05101) on one flat fp32 tensor is one kernel call whatever the number of layers, and so are the gradient norm and
-the check for non-finite values. LoRA+ (arXiv 2402.12354) is two groups: B learns `ratio` times faster than A; at ratio 1 the
+AdamW (arXiv 1711.05101) on one flat fp32 tensor is one kernel call whatever the number of layers, and so are the gradient norm
+and the check for non-finite values. LoRA+ (arXiv 2402.12354) is two groups: B learns `ratio` times faster than A; at ratio 1 the
 result is bitwise the plain optimiser's.
 """
 
@@ -39,7 +39,9 @@ class FlatParameters:
             raise TrainingError("this adapter has no tensor to train", help="check method.targets")
         self.buffers: dict[str, Tensor] = {}
         for group in sorted({slot.group for slot in self._slots}):
-            pieces = [adapter.parts[s.part].tensors[s.name].reshape(-1).float() for s in self._slots if s.group == group]
+            pieces = [
+                adapter.parts[s.part].tensors[s.name].reshape(-1).float() for s in self._slots if s.group == group
+            ]
             self.buffers[group] = torch.cat(pieces).to(device).requires_grad_()
 
     @property
@@ -63,7 +65,8 @@ class FlatParameters:
     def grad_norm(self) -> Tensor:
         """Euclidean norm of the whole gradient, fp32."""
         norms = [torch.linalg.vector_norm(b.grad) for b in self.buffers.values() if b.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     def dead(self) -> list[str]:
         """Trained tensors whose gradient is exactly zero everywhere."""

@@ -49,7 +49,11 @@ def _warnings(counted: Statistics, run: Run) -> list[str]:
     found = []
     steps, trained = len(run.schedule), run.parameters.count
     if steps < 100:
-        found.append(f"{steps} optimiser steps: short runs want a higher lr or more epochs (best results come after hundreds)")
+        found.append(
+            f"{steps} optimiser steps: short runs want a higher lr or more epochs (best results come after hundreds)"
+        )
     if counted.labels > 4 * trained:
-        found.append(f"{counted.labels:,} label tokens for {trained:,} parameters: the adapter may saturate; raise the rank")
+        found.append(
+            f"{counted.labels:,} label tokens for {trained:,} parameters: the adapter may saturate; raise the rank"
+        )
     return found

@@ -76,5 +76,7 @@ def _held_out_rows(steps: list[dict[str, Any]]) -> list[str]:
         found = [(s[key], s["step"]) for s in steps if s.get(key) is not None]
         if found:
             best, at = min(found)
-            rows.append(f"| {name}, first, best and last | {found[0][0]:.4f}, {best:.4f} (step {at}), {found[-1][0]:.4f} |")
+            rows.append(
+                f"| {name}, first, best and last | {found[0][0]:.4f}, {best:.4f} (step {at}), {found[-1][0]:.4f} |"
+            )
     return rows

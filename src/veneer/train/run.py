@@ -72,9 +72,7 @@ def run_task(
         yield from _run_locked(base, task, folder, resume, should_stop)
 
 
-def _run_locked(
-    base: Base, task: Task, folder: Path, resume: bool, should_stop: Callable[[], bool]
-) -> Iterator[Event]:
+def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop: Callable[[], bool]) -> Iterator[Event]:
     saved = folder / "checkpoint"
     if not resume and ((folder / "adapter").exists() or checkpoint.exists(saved)):
         raise Conflict(f"{folder} already holds a run", help="go on with --resume, or choose another --out")
@@ -99,7 +97,8 @@ def _prepare(base: Base, task: Task, schedule: Schedule) -> tuple[Run, dict[str,
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
         generator.manual_seed(task.config.seed * 1009 + offset)
-    adapter = create(base, task.spec, generators["init"], stats=task.stats, provenance=provenance(base, task))
+    spec = task.spec if base.tokenizer is None else task.spec.prepared(base.tokenizer.encode)
+    adapter = create(base, spec, generators["init"], stats=task.stats, provenance=provenance(base, task))
     parameters = FlatParameters(adapter, base.decoder.device)
     optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config)
     rate = task.spec.dropout if isinstance(task.spec, LowRankMethod) else 0.0
@@ -205,7 +204,7 @@ class _Writer:
         self.pending = None
 
     def _adapter(self, run: Run) -> Adapter:
-        adapter = run.parameters.snapshot()
+        adapter = self.task.spec.folded(run.parameters.snapshot())
         samples = {t: self.base.samples(t) for t in adapter.targets}
         return replace(adapter, provenance=replace(adapter.provenance, base_samples=samples))
 
@@ -244,7 +243,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Conflict(f"another run is working in {folder}", help="wait for it, or choose another --out") from error
+            raise Conflict(
+                f"another run is working in {folder}", help="wait for it, or choose another --out"
+            ) from error
         yield
     finally:
         os.close(handle)

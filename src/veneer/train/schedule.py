@@ -15,7 +15,7 @@ DEFAULT_PASS = 2048
 
 
 def plan_schedule(base: Base, dataset: Dataset, config: TrainConfig, spec: Method) -> tuple[Schedule, int]:
-    """The steps of all epochs, and the micro-batch size in tokens. A function of (data, seed, sizes), never of the machine's load."""
+    """The steps of all epochs, and the micro-batch size in tokens: a function of data, seed and sizes alone."""
     tokens_per_pass = DEFAULT_PASS if config.tokens_per_pass == "auto" else config.tokens_per_pass
     tokens_per_pass = min(tokens_per_pass, config.tokens_per_step)
     schedule: list[list[list[int]]] = []
