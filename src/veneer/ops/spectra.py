@@ -35,7 +35,8 @@ def low_rank_singular_values(b: Tensor, a: Tensor) -> Tensor:
     """The singular values of b a, `[min(rank, out, in)]`, largest first."""
     r_b = torch.linalg.qr(b, mode="r").R
     r_a = torch.linalg.qr(a.t(), mode="r").R
-    return torch.linalg.svdvals(r_b @ r_a.t())
+    sigma: Tensor = torch.linalg.svdvals(r_b @ r_a.t())
+    return sigma
 
 
 def low_rank_inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
