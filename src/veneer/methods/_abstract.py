@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -35,7 +35,9 @@ class PeftForm:
     """How PEFT's files name a method. What is said here is all that `formats/peft.py` knows of it.
 
     peft_type  as in adapter_config.json
-    tensors    our tensor name -> what follows the module path in a key ("lora_A.weight"); `embedding` is the same there
+    tensors    our tensor name -> what follows the module path in a key ("lora_A.weight")
+    embedding  the same on an embedding; `shared` is the same for the tensors that all parts share
+    optional   names that need not be there
     level      "module": keys carry a module path. "model": the tensors stand at the top of the file
     ranked     r, lora_alpha, use_rslora and the two patterns say the scale
     when       config values that tell methods of one peft_type apart
@@ -47,7 +49,9 @@ class PeftForm:
     peft_type: str
     tensors: Mapping[str, str]
     embedding: Mapping[str, str] = field(default_factory=dict)
-    level: str = "module"
+    shared: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
+    level: Literal["module", "model"] = "module"
     ranked: bool = False
     when: Mapping[str, object] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)

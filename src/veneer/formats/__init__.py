@@ -1,0 +1,152 @@
+"""Adapter folders: `save` and `load`. PEFT's two files, and `veneer.json` beside them for what PEFT's format can't say.
+
+Saving is all or nothing, and what was written is read back and compared before it takes its place. Loading is strict: a missing,
+unexpected, mis-shaped, empty or non-finite tensor, a config that disagrees with the tensors, a pickle or a link that leads out of
+the folder is refused, with everything that is wrong in one error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.adapter import Adapter, Part
+from veneer.errors import FormatError, NotFound, listed
+from veneer.formats import veneer_json
+from veneer.formats.checkpoint import PICKLES, first_non_finite, open_tensors, plain_file, read_json
+from veneer.formats.folder import replace_folder
+from veneer.formats.peft import CONFIG, TENSORS, expressible, from_peft, to_peft
+from veneer.methods import folded
+
+__all__ = ["load", "save"]
+
+OWNED = frozenset({CONFIG, TENSORS, veneer_json.NAME})
+_log = logging.getLogger(__name__)
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write `adapter` to the folder `path`: it is there whole, or what was there before is."""
+    adapter = folded(adapter).map_tensors(_storable)
+    problems = _problems({f"{p.kind} {p.target or ''} {n}": t for p in adapter.parts for n, t in p.tensors.items()})
+    if not adapter.parts:
+        problems.append("the adapter has no parts")
+    if problems:
+        raise FormatError(
+            f"this adapter cannot be kept:\n{listed(problems)}", help="`veneer doctor` looks for the cause"
+        )
+    replace_folder(Path(path), OWNED, lambda folder: _write(adapter, folder))
+
+
+def load(path: str | os.PathLike[str]) -> Adapter:
+    """Read the adapter folder `path`."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotFound(f"there is no adapter folder at {folder}")
+    _refuse_pickles(folder)
+    tensors = _read_tensors(folder)
+    sidecar = None
+    if (folder / veneer_json.NAME).exists():
+        sidecar = veneer_json.read(read_json(plain_file(folder, veneer_json.NAME)))
+    if sidecar is not None and sidecar.layout == "veneer":
+        return veneer_json.restore(sidecar, _own_layout(sidecar, tensors))
+    adapter = from_peft(read_json(plain_file(folder, CONFIG)), tensors, str(folder))
+    if sidecar is None:
+        for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
+            _log.warning("%s: the key %s of %s is not known and has no effect", folder, key, CONFIG)
+        return adapter
+    restored = veneer_json.restore(sidecar, adapter.parts)
+    _agree(adapter, restored, folder)
+    return restored
+
+
+def _write(adapter: Adapter, folder: Path) -> None:
+    layout: Any = "peft" if expressible(adapter) else "veneer"
+    if layout == "peft":
+        config, tensors = to_peft(adapter)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    else:
+        tensors = {_key(p, name): t for p in adapter.parts for name, t in p.tensors.items()}
+    save_file({name: _owning(t) for name, t in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
+    (folder / veneer_json.NAME).write_text(veneer_json.render(veneer_json.describe(adapter, layout)), "utf-8")
+    load(folder)  # the digest in veneer.json proves that what is on the disk is what was given
+
+
+def _key(part: Part, name: str) -> str:
+    """The name of a tensor in a file of a method that PEFT does not have: kind/module path/tensor."""
+    return f"{part.kind}/{part.target or ''}/{name}"
+
+
+def _own_layout(sidecar: veneer_json.Sidecar, tensors: dict[str, Tensor]) -> tuple[Part, ...]:
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        pieces = key.split("/")
+        if len(pieces) != 3:
+            raise FormatError(f"{TENSORS}: '{key}' is not KIND/MODULE/TENSOR")
+        found.setdefault((pieces[0], pieces[1]), {})[pieces[2]] = tensor
+    places = {(record.kind, record.target or ""): record for record in sidecar.parts}
+    return tuple(
+        Part(kind, places[kind, target].site if (kind, target) in places else "weight", target or None, own)
+        for (kind, target), own in found.items()
+    )
+
+
+def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
+    """PEFT would compute its scales from adapter_config.json; they have to be the ones that veneer.json says."""
+    ours, theirs = veneer_json.scales(described), veneer_json.scales(files)
+    problems = [
+        f"the scale at '{t}' is {theirs.get(t)} by {CONFIG} and {ours.get(t)} by {veneer_json.NAME}"
+        for t in ours.keys() | theirs.keys()
+        if not math.isclose(ours.get(t, math.nan), theirs.get(t, math.nan), rel_tol=1e-12)
+    ]
+    if files.spec.kind != described.spec.kind:
+        problems.append(f"{CONFIG} says {files.spec.kind}, {veneer_json.NAME} says {described.spec.kind}")
+    if problems:
+        raise FormatError(
+            f"{folder}: the two descriptions of the adapter differ:\n{listed(sorted(problems))}",
+            help=f"if {CONFIG} was edited on purpose, delete {veneer_json.NAME}",
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = open_tensors(plain_file(folder, TENSORS))
+    tensors = {name: file.tensor(name).clone() for name in file.tensors}
+    problems = _problems(tensors)
+    if problems:
+        raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")
+    return tensors
+
+
+def _problems(tensors: dict[str, Tensor]) -> list[str]:
+    empty = [f"'{name}' has no elements: {list(t.shape)}" for name, t in tensors.items() if t.numel() == 0]
+    odd = [
+        f"'{name}' is {t.dtype}, expected floating point numbers"
+        for name, t in tensors.items()
+        if not t.is_floating_point() and t.dtype != torch.int64
+    ]
+    return empty + odd + first_non_finite(tensors)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLES)
+    if pickles and not (folder / TENSORS).exists():
+        raise FormatError(
+            f"{folder} has only {', '.join(pickles)}, which can run code when it is read",
+            help="convert it to safetensors where you trust it: load and save it with a current PEFT",
+        )
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _owning(tensor: Tensor) -> Tensor:
+    """A tensor with a storage of its own: the file format refuses shared memory."""
+    return tensor.clone()

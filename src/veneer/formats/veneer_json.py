@@ -1,0 +1,151 @@
+"""`veneer.json`: what PEFT's two files can't say, beside them.
+
+The method with all its fields, the parts in their order, the effective scale of each target, where the adapter came from, and its
+digest. Readers of PEFT files ignore it; without it an adapter loads just as well and only knows less about itself.
+
+The surprise: the digest is checked at load, so a folder whose parts were edited apart from each other is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.adapter import Adapter, Part, Provenance
+from veneer.errors import ConfigError, FormatError, VeneerError, listed
+from veneer.methods import Method, parse
+from veneer.types import HostKind, Site
+
+NAME = "veneer.json"
+
+
+class PartRecord(BaseModel):
+    """One part, without its tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    site: Site
+    target: str | None
+    host: HostKind
+
+
+class ProvenanceRecord(BaseModel):
+    """`Provenance` as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = None
+    base_name: str | None = None
+    base_samples: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    trained_on: str | None = None
+    data: str | None = None
+    parents: tuple[str, ...] = ()
+    chat_template: str | None = None
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class Sidecar(BaseModel):
+    """The whole file. `layout` "peft": the tensors are in PEFT's names; "veneer": PEFT has no name for this method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    layout: Literal["peft", "veneer"]
+    kind: str
+    spec: dict[str, Any]
+    parts: tuple[PartRecord, ...]
+    scales: dict[str, float]
+    provenance: ProvenanceRecord
+    digest: str
+
+    def method(self) -> Method:
+        """The method that the file declares."""
+        try:
+            return parse({"kind": self.kind, **self.spec})
+        except (VeneerError, ValidationError) as error:
+            raise FormatError(
+                f"{NAME} describes a method that this version does not know: {error}", help="update veneer"
+            ) from error
+
+    def origin(self) -> Provenance:
+        return Provenance(**{name: getattr(self.provenance, name) for name in ProvenanceRecord.model_fields})
+
+
+def scales(adapter: Adapter) -> dict[str, float]:
+    """The effective scale of every target that has one."""
+    own = (p for p in adapter.parts if p.kind == adapter.spec.kind and p.target is not None and "A" in p.tensors)
+    return {p.target: adapter.scale(p.target) for p in own if p.target is not None}
+
+
+def describe(adapter: Adapter, layout: Literal["peft", "veneer"]) -> Sidecar:
+    """The sidecar of `adapter`."""
+    return Sidecar(
+        layout=layout,
+        kind=adapter.spec.kind,
+        spec=adapter.spec.model_dump(mode="json"),
+        parts=tuple(PartRecord(kind=p.kind, site=p.site, target=p.target, host=p.host) for p in adapter.parts),
+        scales=scales(adapter),
+        provenance=ProvenanceRecord(**asdict(adapter.provenance)),
+        digest=adapter.digest,
+    )
+
+
+def render(sidecar: Sidecar) -> str:
+    try:
+        return json.dumps(sidecar.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ConfigError(f"the adapter's description holds a number that JSON has no word for: {error}") from error
+
+
+def read(fields: dict[str, Any]) -> Sidecar:
+    """Check the fields of a `veneer.json`."""
+    try:
+        return Sidecar.model_validate(fields)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise FormatError(
+            f"{NAME} is not as expected:\n{listed(problems)}", help="update veneer, or delete it"
+        ) from error
+
+
+def restore(sidecar: Sidecar, parts: tuple[Part, ...]) -> Adapter:
+    """The adapter of `parts` as the sidecar describes it; every difference is one line of one error."""
+    adapter = Adapter(sidecar.method(), _in_order(sidecar, parts), sidecar.origin())
+    found = scales(adapter)
+    problems = [
+        f"the scale at '{target}' is {found.get(target)} by its fields, but {scale} was written down"
+        for target, scale in sidecar.scales.items()
+        if found.get(target) != scale
+    ]
+    if adapter.digest != sidecar.digest:
+        problems.append("tensors or fields are not those that were saved: the digest differs")
+    if problems:
+        raise FormatError(
+            f"the adapter's files do not belong together:\n{listed(problems)}",
+            help=f"if they were changed on purpose, delete {NAME}",
+        )
+    return adapter
+
+
+def _in_order(sidecar: Sidecar, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    def key(part: Part | PartRecord) -> tuple[str, str]:
+        return part.kind, part.target or ""
+
+    by_key = {key(part): part for part in parts}
+    wanted = {key(record): record for record in sidecar.parts}
+    problems = [f"the {kind} part at '{target}' is missing" for kind, target in wanted.keys() - by_key.keys()]
+    problems += [f"a {kind} part at '{target}' is not expected" for kind, target in by_key.keys() - wanted.keys()]
+    if problems:
+        raise FormatError(
+            f"the tensors are not those that {NAME} lists:\n{listed(sorted(problems))}",
+            help=f"fetch the adapter again, or delete {NAME} if they were changed on purpose",
+        )
+    ordered = []
+    for at, record in wanted.items():
+        part = by_key[at]
+        ordered.append(Part(part.kind, record.site, part.target, part.tensors, record.host))
+    return tuple(ordered)
