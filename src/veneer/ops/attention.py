@@ -3,16 +3,21 @@
 softmax(scale * q k^T) v inside each sequence. H query heads share K key heads (arXiv 2305.13245): query head h reads key head
 h // (H / K). With a softcap the scores become cap * tanh(scores / cap) before the mask (Gemma 2). With a window w, query i
 sees keys j with i - w < j <= i. Prefix keys stand before position 0, so every query sees them, the window permitting.
+
+What is kept for the backward pass is written in `blocks.py`, where the arithmetic is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from veneer.ops import blocks
+from veneer.ops.blocks import Piece, Scores
 
 Prefix: TypeAlias = Sequence[tuple[Tensor, Tensor] | None]
 """Per sequence: keys and values `[p, K, D]` that stand before it, or None."""
@@ -52,9 +57,11 @@ def attention_over(
     softcap: float | None = None,
 ) -> Float[Tensor, "n heads d"]:
     """Queries at the end of a longer key sequence: the n queries are positions t - n .. t - 1 of t keys (chunked prefill)."""
-    return attention_over_reference(q, k, v, scale=scale, window=window, softcap=softcap)
+    pieces = [Piece(0, len(q), 0, len(k))]
+    return _Attention.apply(q, k, v, pieces, Scores(scale, window, softcap))  # type: ignore[no-any-return, no-untyped-call]
 
 
+@torch.no_grad()
 def decode_attention(
     q: Float[Tensor, "b heads d"],
     k: Float[Tensor, "b t kv d"],
@@ -65,12 +72,11 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "b heads d"]:
-    """One query for each of b sequences, at position lengths[b] - 1 of its own key store; rows from lengths[b] on are ignored."""
-    rows = [
-        attention_over_reference(q[b : b + 1], k[b, :t], v[b, :t], scale=scale, window=window, softcap=softcap)
-        for b, t in enumerate(lengths)
-    ]
-    return torch.cat(rows)
+    """One query for each of b sequences, at position lengths[b] - 1 of its own key store. No gradient.
+
+    Rows of a store from lengths[b] on count for nothing, but must be finite.
+    """
+    return blocks.decode(q, k, v, list(lengths), Scores(scale, window, softcap))
 
 
 def attention_reference(
@@ -107,4 +113,34 @@ def attention(
     prefix: Prefix | None = None,
 ) -> Float[Tensor, "n heads d"]:
     """Causal attention inside each of the consecutive sequences of `lengths` (which sum to n)."""
-    return attention_reference(q, k, v, lengths, scale=scale, window=window, softcap=softcap, prefix=prefix)
+    before = [0] * len(lengths)
+    if prefix is not None:
+        before = [0 if pair is None else len(pair[0]) for pair in prefix]
+        k, v = (_with_prefix(x, lengths, prefix, which) for which, x in enumerate((k, v)))
+    pieces, q0, k0 = [], 0, 0
+    for n, p in zip(lengths, before, strict=True):
+        pieces.append(Piece(q0, n, k0, n + p))
+        q0, k0 = q0 + n, k0 + n + p
+    return _Attention.apply(q, k, v, pieces, Scores(scale, window, softcap))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _with_prefix(x: Tensor, lengths: Sequence[int], prefix: Prefix, which: int) -> Tensor:
+    rows = zip(prefix, x.split(list(lengths)), strict=True)
+    return torch.cat(
+        [part for pair, own in rows for part in (own[:0] if pair is None else pair[which].to(x.dtype), own)]
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], how: Scores) -> Tensor:
+        out, lse = blocks.forward(q, k, v, pieces, how)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = pieces, how
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        pieces, how = ctx.rest
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*blocks.backward(q, k, v, out, lse, d_out, pieces, how), None, None)
