@@ -1,0 +1,104 @@
+"""Encoded data on disk, mapped, and keyed by everything that went into it.
+
+The key is a hash of the file's bytes, the format, template, tokenizer, mask policy and length policy: an entry is never stale. It
+is written beside its place and renamed into it. A killed process leaves nothing half-written, and of two that encode the same
+data the second finds the first one's entry and drops its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from veneer.data.masking import TextTokenizer, TrainOn
+from veneer.data.read import file_digest, load
+from veneer.data.tokens import Dataset, OnTooLong, check_choices, encode
+
+LAYOUT = 1
+"""Raise when encoding changes what it gives for the same input."""
+
+ARRAYS = ("tokens", "weights", "offsets", "lines", "bytes")
+
+log = logging.getLogger(__name__)
+
+
+def cache_root() -> Path:
+    """The folder of everything that can be made again: VENEER_CACHE, or ~/.cache/veneer."""
+    return Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer")
+
+
+def prepare(
+    path: str | Path,
+    tokenizer: TextTokenizer,
+    *,
+    format: str = "auto",
+    max_length: int,
+    on_too_long: OnTooLong = "error",
+    train_on: TrainOn = "assistant",
+    cache: Path | None = None,
+) -> Dataset:
+    """`encode(load(path))`, from the cache where the same was asked before. `cache` is its root (None: `cache_root()`)."""
+    check_choices(max_length, on_too_long, train_on)
+    made_from = {
+        "layout": LAYOUT,
+        "data": file_digest(Path(path)),
+        "kind": Path(path).suffix.lower(),
+        "format": format,
+        "tokenizer": tokenizer.digest,
+        "template": tokenizer.template,
+        "max_length": max_length,
+        "on_too_long": on_too_long,
+        "train_on": train_on,
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    place = (cache_root() if cache is None else cache) / "tokens" / key[:2] / key
+    found = _read(place, str(path))
+    if found is not None:
+        return found
+    made = encode(load(path, format), tokenizer, max_length=max_length, on_too_long=on_too_long, train_on=train_on)
+    try:
+        _write(place, made)
+    except OSError as error:
+        log.warning("can't keep encoded data in %s (%s); it will be encoded again next time", place.parent, error)
+        return made
+    return _read(place, str(path)) or made
+
+
+def _read(place: Path, name: str) -> Dataset | None:
+    """The entry, its arrays mapped; None where there is none or it is damaged."""
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+        arrays = {array: np.load(place / f"{array}.npy", mmap_mode="r", allow_pickle=False) for array in ARRAYS}
+        dataset = Dataset(name=name, sha256=meta["sha256"], notes=meta["notes"], **arrays)
+        whole = len(dataset.tokens) == len(dataset.weights) == int(dataset.offsets[-1]) == meta["tokens"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning("the cached data in %s is damaged (%s) and is made again", place, error)
+        return None
+    return dataset if whole and len(dataset.offsets) == len(dataset) + 1 else None
+
+
+def _write(place: Path, dataset: Dataset) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        for array in ARRAYS:
+            np.save(beside / f"{array}.npy", getattr(dataset, array), allow_pickle=False)
+        meta = {"sha256": dataset.sha256, "notes": dict(dataset.notes), "tokens": len(dataset.tokens)}
+        (beside / "meta.json").write_text(json.dumps(meta))
+        if _read(place, dataset.name) is None:
+            shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    except OSError:
+        if _read(place, dataset.name) is None:
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
