@@ -1,0 +1,91 @@
+"""One training run in bytes, by category, before anything is loaded.
+
+The categories sum to the total. Base, adapter, gradients and optimiser are exact; activations, logits and workspace follow
+what the native decoder keeps (`activations.py`) for the given tokens per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from veneer.methods import Method
+from veneer.models.config import DecoderConfig, Layout
+from veneer.ops.loss import CHUNK
+from veneer.plan.activations import Traffic, activation_bytes, logits_bytes, workspace_bytes
+from veneer.plan.bytes import GRADIENT, MASTER, MOMENTS, base_bytes
+from veneer.plan.counts import Counted, adapter_tensors
+from veneer.plan.sizes import sizes_of
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a step is run.
+
+    tokens       packed tokens in one pass (`tokens_per_pass`)
+    label_share  the share of them that carry a label
+    dtype        of products and activations
+    quantize     format of the frozen projections, or None
+    recompute    blocks whose activations are computed again
+    """
+
+    tokens: int = 2048
+    label_share: float = 1.0
+    dtype: str = "bfloat16"
+    quantize: str | None = None
+    recompute: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs. `bytes` maps category to bytes, in the order they come into being."""
+
+    parameters: int
+    stored: int
+    bytes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Sequence[str], work: Work) -> Estimate:
+    """Bytes of training `spec` at `targets` on a native base. Nothing is loaded."""
+    tensors = list(adapter_tensors(spec, layout.base_shape(config), targets))
+    trained = sum(t.numbers for t in tensors if t.trained)
+    stored = sum(t.numbers for t in tensors)
+    itemsize = ITEMSIZE[work.dtype]
+    traffic = traffic_of(layout, spec, tensors, work.label_share)
+    labels = round(work.tokens * work.label_share)
+    return Estimate(
+        parameters=trained,
+        stored=stored,
+        bytes={
+            "base": base_bytes(sizes_of(config, layout), work.dtype, work.quantize),
+            "adapter": MASTER * stored,
+            "gradients": GRADIENT * trained,
+            "optimizer": MOMENTS * trained,
+            "activations": activation_bytes(config, traffic, work.tokens, itemsize, recompute=work.recompute),
+            "logits": logits_bytes(config.vocab, labels, itemsize, CHUNK),
+            "workspace": workspace_bytes(config, work.tokens, itemsize),
+        },
+    )
+
+
+def traffic_of(layout: Layout, spec: Method, tensors: Sequence[Counted], label_share: float) -> Traffic:
+    """Which native groups carry what, from the tensors of an adapter. A shrink is as wide as the part's A has rows."""
+    group_of = {part.path: group.name for group in layout.groups for part in group.parts}
+    ranks: dict[str, int] = {}
+    inside = True
+    for tensor in tensors:
+        path = tensor.target if tensor.target in group_of else tensor.target.removesuffix(".weight")
+        group = group_of.get(path)
+        if group is None:
+            inside = False
+            continue
+        ranks.setdefault(group, 0)
+        if tensor.name == "A":
+            ranks[group] += tensor.shape[0]
+    return Traffic(ranks, from_input=not inside or spec.site in ("tokens", "kv", "sublayer"), label_share=label_share)
