@@ -176,12 +176,12 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
     by_target: dict[str, list[tuple[Method, Part]]] = {}
     problems: list[str] = []
     for part in adapter.parts:
-        method = method_of(adapter, part)
         if part.site != "weight":
             raise Unsupported(
                 f"{part.kind} acts on {part.site}, which a plain module does not offer",
                 help="load the base natively with vn.load_base, or choose a method on weights (lora, dora, ia3, vera)",
             )
+        method = method_of(adapter, part)
         assert part.target is not None
         shape = source.shape.hosts.get(part.target)
         if shape is None:
