@@ -12,6 +12,7 @@ from veneer.ops.gated import gated_reference
 from veneer.ops.low_rank import (
     DenseFrozen,
     Pack,
+    Packs,
     adapted_linear,
     adapted_linear_reference,
     gated_adapted_linear,
@@ -196,3 +197,30 @@ def test_fp32_frozen_product_is_exact_enough() -> None:
         torch.testing.assert_close(
             frozen.apply_transposed(dy).double(), dy.double() @ weight.double(), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["bare", "bias"])
+def test_stacked_packs_are_the_loop(with_bias: bool) -> None:
+    """Packs with different parts, ranks and vectors side by side, with and without a memory of the last stack."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(9, IN, generator=g, dtype=torch.float64)
+    weight = torch.randn(OUT, IN, generator=g, dtype=torch.float64)
+    bias = torch.randn(OUT, generator=g, dtype=torch.float64) if with_bias else None
+    packs = Packs(make_pack(kind, seed=i) for i, kind in enumerate(["l", "ls", "lob", "i", "liob", "b", "o"]))
+    for shift in (0, 3, 0):
+        spans = [Span(i, i + 1, (i + shift) % 8 - 1) for i in range(9)]
+        wanted = adapted_linear_reference(x, weight, bias, packs, spans)
+        with torch.no_grad():
+            for given in (packs, list(packs)):
+                torch.testing.assert_close(adapted_linear(x, DenseFrozen(weight), bias, given, spans), wanted)
+
+
+def test_a_sick_neighbour_does_not_spread() -> None:
+    """A non-finite adapter in the batch spoils its own rows only."""
+    x, weight = torch.ones(4, IN), torch.ones(OUT, IN)
+    packs = [make_pack("l", seed=i, dtype=torch.float32) for i in range(4)]
+    assert packs[1].A is not None
+    packs[1].A.data.fill_(torch.inf)
+    with torch.no_grad():
+        y = adapted_linear(x, DenseFrozen(weight), None, packs, [Span(i, i + 1, i) for i in range(4)])
+    assert not y[1].isfinite().all() and y[[0, 2, 3]].isfinite().all()

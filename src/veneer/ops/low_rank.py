@@ -11,7 +11,6 @@ Adapters may be fp32 on a bf16 base: they are cast (they are small), x is not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.frozen import DenseFrozen, Frozen
+from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
 from veneer.types import Span
 
@@ -27,47 +27,12 @@ __all__ = [
     "DenseFrozen",
     "Frozen",
     "Pack",
+    "Packs",
     "adapted_linear",
     "adapted_linear_reference",
     "gated_adapted_linear",
     "norm_adapted_linear",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """What one adapter puts on one projection group.
-
-    A          `[R, in]`, stacked over the group's parts; None without a low-rank update
-    B          per part `[out_p, r_p]`, the scale folded in; the r_p sum to R, in the order of A's rows
-    columns    the output columns of each B
-    in_scale   `[in]`   x <- x * in_scale first
-    out_scale  `[out]`  y <- y * out_scale after the product and the low-rank update, before the bias
-    bias       `[out]`  the whole effective bias; None keeps the base's as it is
-    """
-
-    A: Tensor | None = None
-    B: tuple[Tensor, ...] = ()
-    columns: tuple[tuple[int, int], ...] = ()
-    in_scale: Tensor | None = None
-    out_scale: Tensor | None = None
-    bias: Tensor | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.A, self.in_scale, self.out_scale, self.bias, *self.B)
-
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Pack:
-        """The same pack over other tensors, in the order of `tensors()`: cast copies, or gradients."""
-        A, in_scale, out_scale, bias, *B = tensors
-        return Pack(A, tuple(B), self.columns, in_scale, out_scale, bias)  # type: ignore[arg-type]
-
-    def ranks(self) -> list[tuple[int, int]]:
-        """The columns of x A^T that belong to each B."""
-        stops = [sum(b.shape[1] for b in self.B[: i + 1]) for i in range(len(self.B))]
-        return list(zip([0, *stops], stops, strict=False))
-
-
-BARE = Pack()
 
 
 def adapted_linear_reference(
@@ -147,8 +112,48 @@ def _run(
 ) -> Tensor:
     used = sorted({span.index for span in spans if span.index >= 0})
     ours = [packs[i] for i in used]
+    if not _wants_gradient(source, ours) and _short(spans, ours, frozen):
+        shape = source.dtype, frozen.in_features, frozen.out_features
+        side_by_side = packs.stacked(tuple(used), *shape) if isinstance(packs, Packs) else stack(ours, *shape)
+        return _decode(prologue.value(source), frozen, bias, side_by_side, row_numbers(spans, used, source.device))
     rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
     return _Adapted.apply(source, prologue, frozen, bias, ours, rows, *(t for p in ours for t in p.tensors()))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _wants_gradient(source: Tensor, packs: list[Pack]) -> bool:
+    tensors = (source, *(t for pack in packs for t in pack.tensors()))
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+SHORT = 4_000_000
+"""Multiplications that cost about as much as the kernel calls of one span."""
+
+
+def _short(spans: Sequence[Span], packs: list[Pack], frozen: Frozen) -> bool:
+    """Whether the wasted products of the stacked form cost less than a loop over spans."""
+    adapted = sum(span.index >= 0 for span in spans)
+    ranks = sum(0 if pack.A is None else pack.A.shape[0] for pack in packs)
+    waste = spans[-1].stop * ranks * (frozen.in_features + frozen.out_features) if spans else 0
+    return adapted > 2 and waste <= SHORT * adapted
+
+
+@torch.no_grad()
+def _decode(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor) -> Tensor:
+    """`adapted_linear` over stacked packs: row n belongs to pack numbers[n]."""
+    if packs.in_scales is not None:
+        x = x * packs.in_scales[numbers]
+    y = frozen.apply(x)
+    if packs.A is not None:
+        h = (x @ packs.A.t()).masked_fill_(numbers[:, None] != packs.owners, 0)
+        for columns, ranks, b in packs.parts:
+            y[:, columns].addmm_(h[:, ranks], b.t())
+    if packs.out_scales is not None:
+        y *= packs.out_scales[numbers]
+    if packs.biases is not None:
+        y += packs.biases[numbers]
+    if bias is not None:
+        y += bias.to(y.dtype) if packs.biases is None else bias.to(y.dtype) * (1 - packs.has_bias[numbers])
+    return y
 
 
 Rows = list[tuple[slice, int]]
