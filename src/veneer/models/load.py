@@ -1,0 +1,62 @@
+"""`load_base`: a name, a folder, a .gguf file or a hub id becomes a `Base`.
+
+The first load converts the checkpoint into the cache; later ones map the converted file, so a start costs almost nothing and
+two processes share one copy in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from veneer.errors import FormatError, Unsupported
+from veneer.models import mapped
+from veneer.models.base import Base
+from veneer.models.catalog import CATALOG
+from veneer.models.convert import Converted, converted, native_shapes, require_memory, verify, weight_bytes
+from veneer.models.decoder import Decoder
+from veneer.models.dtype import resolve
+from veneer.models.families import decoder_config, layout
+from veneer.models.sources import locate
+
+
+def load_base(
+    name: str | Path, dtype: str | torch.dtype = "auto", quantize: str | None = None, device: str | torch.device = "cpu"
+) -> Base:
+    """The base called `name`: a catalogue name, a folder, a .gguf file, or a hub id (`owner/name`).
+
+    dtype     "float32", "bfloat16", or "auto": bfloat16 where this machine multiplies it faster
+    quantize  a 4- or 8-bit format for the projections, or None
+    Raises `NotFound`, `FormatError` (a damaged or incomplete checkpoint, everything wrong listed), `Unsupported` (a family
+    outside the table) and `ResourceError` (no room in memory or on disk, said before loading).
+    """
+    where = torch.device(device)
+    if quantize is not None:
+        raise Unsupported(f"quantize={quantize!r} is not a known format", help="leave it out: quantize=None")
+    label = str(name)
+    path = locate(label)
+    pinned = CATALOG[label].sha256 if label in CATALOG else None
+    found = converted(path, resolve(dtype, where), sha256=pinned)
+    return open_converted(found, label if label in CATALOG else path.stem if path.is_file() else path.name, where)
+
+
+def open_converted(found: Converted, name: str, device: torch.device) -> Base:
+    """A base out of the cache."""
+    raw, facts = found.config(), found.facts()
+    config = decoder_config(raw)
+    where = layout(config)
+    sizes = native_shapes(config, where)
+    require_memory(weight_bytes(sizes, found.dtype), f"the base '{name}'")
+    verify(found)
+    tensors = mapped.read(found.weights)
+    wrong = [n for n, shape in sizes.items() if n not in tensors or tuple(tensors[n].shape) != shape]
+    if wrong:
+        raise FormatError(
+            f"the converted weights {found.weights} lack {', '.join(wrong[:5])}",
+            help=f"delete {found.folder}; the base is converted again at the next start",
+        )
+    if device.type != "cpu":
+        tensors = {n: tensor.to(device) for n, tensor in tensors.items()}
+    samples = {target: tuple(values) for target, values in facts["samples"].items()}
+    return Base(name, Decoder(config, where, tensors), facts["identity"], samples, raw, found.folder)

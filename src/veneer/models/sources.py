@@ -1,0 +1,187 @@
+"""What a base can be loaded from: a folder of safetensors files, a .gguf file, a hub id, a name of the catalogue.
+
+`locate` finds the files without reading them; `open_source` reads a checkpoint's config, names and tensors. Pickle files are
+never read: unpickling runs whatever code is inside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.errors import FormatError, NotFound, Unsupported, listed
+from veneer.models.catalog import CATALOG, find
+from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import, from_gguf
+from veneer.registry import did_you_mean
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+INDEX = "model.safetensors.index.json"
+READABLE = {"F64", "F32", "F16", "BF16"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Source(Protocol):
+    """A checkpoint on disk, with the names and the orientation that transformers gives its tensors."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def tokenizer_files(self, folder: Path) -> None: ...
+
+
+def locate(name: str) -> Path:
+    """The folder or .gguf file that `name` stands for, fetched from the hub where it is a hub id."""
+    if name in CATALOG:
+        return find(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+        return from_hub(name)
+    raise NotFound(
+        f"no base is called '{name}', and there is no such file or folder",
+        help=f"{did_you_mean(name, list(CATALOG))}; or give a folder, a .gguf file, or a hub id (owner/name)",
+    )
+
+
+def from_hub(name: str) -> Path:
+    """The local snapshot of a hub repository (`owner/name` or `owner/name@revision`), downloaded once."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    wanted = ["*.safetensors", INDEX, "config.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except LocalEntryNotFoundError as error:
+        raise NotFound(
+            f"'{name}' is not on this machine and could not be fetched",
+            help="is there a network? `veneer bases` lists what works without one",
+        ) from error
+    except HfHubHTTPError as error:
+        raise NotFound(
+            f"the hub does not give out '{name}': {str(error).splitlines()[0]}",
+            help="check the name; a gated model needs `hf auth login` and its licence accepted",
+        ) from error
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a base is made from, weights and words, without reading them."""
+    if path.is_file():
+        return [path]
+    others = [path / "config.json", path / INDEX, *(path / name for name in TOKENIZER_FILES)]
+    return sorted([*path.glob("*.safetensors"), *(file for file in others if file.is_file())])
+
+
+def open_source(path: Path) -> Source:
+    """A checkpoint ready to be read."""
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix != ".gguf":
+        raise FormatError(f"{path} is neither a folder nor a .gguf file", help="give the folder that config.json is in")
+    from veneer.models.gguf import GgufFile
+
+    return _Gguf(GgufFile(path), path)
+
+
+class _Gguf:
+    """A .gguf file; its tokenizer is made by transformers from the metadata, once."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path = file, path
+        self.config: dict[str, Any] = file.config
+        self.shapes: Mapping[str, tuple[int, ...]] = file.shapes
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.read(name)
+        return tensor
+
+    def tokenizer_files(self, folder: Path) -> None:
+        from_gguf(self._path, folder)
+
+
+class Folder:
+    """A folder with config.json and one or several safetensors files."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not (path / "config.json").is_file():
+            raise FormatError(f"{path} has no config.json", help="give the folder of a whole checkpoint")
+        self.config = _json(path / "config.json")
+
+    @cached_property
+    def _handles(self) -> dict[str, Any]:
+        """Tensor name -> the open file that has it."""
+        from safetensors import SafetensorError, safe_open
+
+        handles: dict[str, Any] = {}
+        for file in self._weight_files():
+            try:
+                handle: Any = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{file} is damaged: {error}", help="copy or download it again") from error
+            handles |= dict.fromkeys(handle.keys(), handle)
+        return handles
+
+    def _weight_files(self) -> list[Path]:
+        index = self._path / INDEX
+        if index.is_file():
+            named = sorted(set(_json(index).get("weight_map", {}).values()))
+            gone = [name for name in named if not (self._path / name).is_file()]
+            if gone or not named:
+                raise FormatError(
+                    f"{index} names files that are not there:\n{listed(gone)}", help="copy the missing files"
+                )
+            return [self._path / name for name in named]
+        files = sorted(self._path.glob("*.safetensors"))
+        if not files:
+            pickles = [file.name for pattern in PICKLES for file in self._path.glob(pattern)]
+            if pickles:
+                raise FormatError(
+                    f"{self._path} has its weights as pickle ({', '.join(pickles)}), which can run code and is never read",
+                    help="save the model with safetensors: model.save_pretrained(folder)",
+                )
+            raise FormatError(f"{self._path} has no .safetensors file", help="give the folder of a whole checkpoint")
+        return files
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        slices = {name: handle.get_slice(name) for name, handle in self._handles.items()}
+        strange = sorted(
+            f"{n} is {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in READABLE | {"U8", "BOOL"}
+        )
+        if strange:
+            raise Unsupported(
+                f"the weights of {self._path} are not plain floats:\n{listed(strange)}",
+                help="use the unquantised checkpoint",
+            )
+        return {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor
+
+    def tokenizer_files(self, folder: Path) -> None:
+        copy_or_import(self._path, folder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path} is not readable JSON: {error}", help="copy or download it again") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,188 @@
+"""Text to token ids and back, exactly as the checkpoint's own tokenizer does it, without importing transformers.
+
+The surprise: what ends a turn is often not the tokenizer's EOS. `eos_ids` also has the ids of generation_config.json and the
+token that the chat template puts after an assistant's message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from veneer.errors import FormatError, Unsupported
+from veneer.models.chat import ChatTemplate
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A tokenizer and its chat template. Make one with `Tokenizer.load(folder)`.
+
+    template  the chat template's source, or None
+    """
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        settings: Mapping[str, Any],
+        template: str | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._fast = fast
+        self._settings = settings
+        self._generation = {} if generation is None else generation
+        self.template = template
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizer:
+        """Read tokenizer.json and what stands beside it."""
+        try:
+            fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise FormatError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+        return Tokenizer(fast, settings, _template(folder, settings), _json(folder / "generation_config.json"))
+
+    # -- text and ids --------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`. With `special` the tokenizer adds what it adds by itself (BOS, for those that do)."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """`encode` for many texts, in parallel."""
+        return [encoding.ids for encoding in self._fast.encode_batch(list(texts), add_special_tokens=special)]
+
+    def offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the characters `[start, stop)` of `text` that it stands for."""
+        encoding = self._fast.encode(text, add_special_tokens=special)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token(self, index: int) -> str | None:
+        """The token with this id, as it is written in the vocabulary."""
+        found: str | None = self._fast.id_to_token(index)
+        return found
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it is written in the vocabulary."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included. The model's embedding may have more rows."""
+        size: int = self._fast.get_vocab_size(with_added_tokens=True)
+        return size
+
+    @property
+    def fast(self) -> FastTokenizer:
+        """The tokenizer of the `tokenizers` library underneath."""
+        return self._fast
+
+    # -- special tokens ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as text, those that are set."""
+        found = {name: _content(self._settings.get(name)) for name in SPECIAL}
+        return {name: token for name, token in found.items() if token is not None}
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.id_of(token)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The id that ends a raw text."""
+        return self._special_id("eos_token")
+
+    @cached_property
+    def pad_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether `encode(text, special=True)` begins with BOS."""
+        return self.bos_id is not None and self.encode("a", special=True)[:1] == [self.bos_id]
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer: the tokenizer's EOS, generation_config.json's, and the template's end of turn."""
+        stated = self._generation.get("eos_token_id")
+        ids = [self.eos_id, *(stated if isinstance(stated, list) else [stated]), self._end_of_turn]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @cached_property
+    def _end_of_turn(self) -> int | None:
+        """The special token that the template puts right after what the assistant says."""
+        if self.template is None:
+            return None
+        said = "veneer"
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+        text = self.render(messages)
+        rest = self.encode(text[text.rindex(said) + len(said) :])
+        added = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        return rest[0] if rest and rest[0] in added else None
+
+    # -- chat ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        if self.template is None:
+            raise Unsupported(
+                "this base has no chat template, so messages cannot be turned into text",
+                help="use prompt/completion or text data, or put a chat_template.jinja beside its tokenizer",
+            )
+        return ChatTemplate(self.template, self.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The conversation as text, by the checkpoint's template. Further `variables` are handed to the template."""
+        return self._chat.render(messages, tools, add_generation_prompt, variables)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not readable JSON: {error}") from error
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text: stored as a string, or as an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in the settings; of several named ones the one called "default"."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    found = _json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        return named.get("default")
+    return found

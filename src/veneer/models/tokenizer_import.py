@@ -1,0 +1,50 @@
+"""Tokenizer files for the cache: copied where the checkpoint has a tokenizer.json, else made once by transformers.
+
+Importing transformers costs seconds, so it happens at conversion only; later starts read the files made here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+SOURCES = ("tokenizer.model", "vocab.json")
+
+
+def copy_or_import(source: Path, folder: Path) -> None:
+    """The tokenizer files of a checkpoint folder; nothing where it has none."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer.json").exists() and any((source / name).is_file() for name in SOURCES):
+        _import(source, folder, None)
+
+
+def from_gguf(path: Path, folder: Path) -> None:
+    """The tokenizer, its special tokens and the chat template out of a .gguf file's metadata."""
+    _import(path.parent, folder, path.name)
+
+
+def _import(source: Path, folder: Path, gguf_file: str | None) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, local_files_only=True)
+        tokenizer.save_pretrained(folder)
+    finally:
+        logging.set_verbosity(loudness)
