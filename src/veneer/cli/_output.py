@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+PIPE_WIDTH = 240
+
 
 def say(text: str = "") -> None:
     """A line of the answer, on standard output."""
@@ -37,9 +39,8 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(file=sys.stdout)
     # In a pipe rich assumes 80 columns and would break lines that a program wants to read.
-    console.print(table, width=None if console.is_terminal else 10_000, crop=False, no_wrap=not console.is_terminal)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def _is_number(cell: str) -> bool:

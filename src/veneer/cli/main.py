@@ -87,7 +87,7 @@ def assemble(verb: str | None) -> typer.Typer:
         if name == verb:
             _add(app, name)
         else:
-            app.command(name, help=line)(_placeholder)
+            app.command(name, help=line, short_help=line)(_placeholder)
     return app
 
 
