@@ -40,7 +40,7 @@ def adapter_path(text: str) -> AdapterPath:
     >>> adapter_path("legal=runs/legal/adapter@0.5")
     AdapterPath(name='legal', path=PosixPath('runs/legal/adapter'), scale=0.5)
     """
-    if Path(text).exists():
+    if text and Path(text).exists():
         return AdapterPath(_own_name(Path(text)), Path(text))
     match = re.fullmatch(r"(?:(?P<name>[^=/@]+)=)?(?P<path>.+?)(?:@(?P<scale>[^@/]+))?", text, re.DOTALL)
     if match is None:

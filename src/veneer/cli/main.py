@@ -30,7 +30,7 @@ from typing import Annotated
 
 import typer
 
-import veneer
+from veneer import __version__
 from veneer.errors import VeneerError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -93,7 +93,7 @@ def assemble(verb: str | None) -> typer.Typer:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(veneer.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
