@@ -91,16 +91,22 @@ def canonical(
 def native_tensors(
     config: DecoderConfig, layout: Layout, read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The decoder's tensors in the order it reads them. `read` gives a checkpoint tensor by canonical name."""
-    tables = {native: name for native, name in layout.tensors.items() if not native.startswith("layers.")}
-    yield "embed", read(tables.pop("embed"))
-    for native in sorted(tables):
-        yield native, read(tables[native])
+    """The decoder's tensors, native name and `[out, in]` value. `read` gives a checkpoint tensor by canonical name."""
     for native, name in layout.tensors.items():
-        if native.startswith("layers."):
-            yield native, read(name)
+        yield native, read(name)
     for group in layout.groups:
         yield from _group_tensors(group, read)
+
+
+def native_shapes(config: DecoderConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Native tensor name -> shape, in the order of `native_tensors`."""
+    stored = shapes(config, layout)
+    found = {native: stored[name] for native, name in layout.tensors.items()}
+    for group in layout.groups:
+        found[group.name] = (group.out_features, group.in_features)
+        if group.bias:
+            found[f"{group.name}_bias"] = (group.out_features,)
+    return found
 
 
 def _group_tensors(group: GroupSpec, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

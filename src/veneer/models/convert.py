@@ -32,7 +32,7 @@ from veneer.models.cache import (
     sweep,
     write_json,
 )
-from veneer.models.checkpoint import canonical, native_tensors, shapes
+from veneer.models.checkpoint import canonical, native_shapes, native_tensors
 from veneer.models.config import DecoderConfig, Layout
 from veneer.models.dtype import NAMES
 from veneer.models.families import decoder_config, layout
@@ -167,16 +167,6 @@ def _write_weights(
             )
     stat = into.weights.stat()
     write_json(into.stamp, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest})
-
-
-def native_shapes(config: DecoderConfig, where: Layout) -> dict[str, tuple[int, ...]]:
-    """Native tensor name -> shape, in file order."""
-    sizes = shapes(config, where)
-
-    def empty(name: str) -> Tensor:
-        return torch.empty(sizes[name], device="meta")
-
-    return {name: tuple(tensor.shape) for name, tensor in native_tensors(config, where, empty)}
 
 
 def weight_bytes(sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:

@@ -14,7 +14,8 @@ from veneer.errors import FormatError, Unsupported
 from veneer.models import mapped
 from veneer.models.base import Base
 from veneer.models.catalog import CATALOG
-from veneer.models.convert import Converted, converted, native_shapes, require_memory, verify, weight_bytes
+from veneer.models.checkpoint import native_shapes
+from veneer.models.convert import Converted, converted, require_memory, verify, weight_bytes
 from veneer.models.decoder import Decoder
 from veneer.models.dtype import resolve
 from veneer.models.families import decoder_config, layout
