@@ -1,8 +1,8 @@
 """The training loop: a function over plain values that yields events.
 
 One optimiser step: lower the adapter once, run its micro-batches on detached leaves, send the summed gradient back
-through lowering once, clip, update. The loss of a step is the sum over its label tokens divided by their weight, whatever the micro-batches, so
-1x8, 2x4 and 8x1 are the same step.
+through lowering once, clip, update. The loss of a step is the sum over its label tokens divided by their weight, whatever the
+micro-batches, so 1x8, 2x4 and 8x1 are the same step.
 """
 
 from __future__ import annotations
