@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-import veneer
+from veneer import __version__
 from veneer.adapter import Adapter, Provenance
 from veneer.data import Dataset
 from veneer.errors import Conflict, ResourceError
@@ -210,7 +210,7 @@ class _Writer:
 
     def _provenance(self, ready: Preflight) -> dict[str, Any]:
         return {
-            "veneer": veneer.__version__,
+            "veneer": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
