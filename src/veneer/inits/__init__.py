@@ -3,17 +3,17 @@
 An init is pure: what it needs of the data (`InitStats`) is gathered by the trainer's calibration, never here. A scheme that
 shifts the base (PiSSA, OLoRA, LoftQ, LoRA-GA) says so in `Factors.shifted`; it is then stored as an update of the original base.
 
-Files in this folder are found by name: an init is one function under `@INITS.register("name")`.
+Files in this folder are found by name: an init is one function under `@init("name")`.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from veneer.inits._abstract import INITS, Init, InitStats
+from veneer.inits._abstract import INITS, Init, InitStats, needs
 from veneer.registry import discover
 
-__all__ = ["INITS", "Init", "InitStats", "load_all"]
+__all__ = ["INITS", "Init", "InitStats", "load_all", "needs"]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,26 +10,30 @@ import torch
 from torch import Tensor
 
 from veneer.base.host import Host
+from veneer.errors import ConfigError
 from veneer.registry import Registry
 from veneer.types import Factors
 
 
 @dataclass(frozen=True, eq=False)
 class InitStats:
-    """What calibration saw at one target. Fields that an init does not ask for (`Init.needs`) may be None.
+    """What calibration saw at one target. An init says by `needs(name)` which of these it reads; the others may be None.
 
-    covariance  mean of x x^T over tokens, `[in, in]`
+    weight      the weight before it was quantised, `[out, in]`
     gradient    gradient of the loss, mean over batches, `[out, in]`
-    components  right singular vectors of the inputs, strongest first, `[k, in]`
-    energies    their singular values, `[k]`
-    tokens      how many tokens were seen
+    components  right singular vectors of the centred inputs, strongest first, `[k, in]`
+    energies    the singular values that belong to them, `[k]`
+    total       sum of all squared singular values, of which `energies` are the first
+    key, value  what a text leaves in the cache, each `[layers, tokens, kv_heads, head_dim]` (at the place "")
     """
 
-    covariance: Tensor | None = None
+    weight: Tensor | None = None
     gradient: Tensor | None = None
     components: Tensor | None = None
     energies: Tensor | None = None
-    tokens: int = 0
+    total: float = 0.0
+    key: Tensor | None = None
+    value: Tensor | None = None
 
 
 class Init(Protocol):
@@ -40,3 +45,24 @@ class Init(Protocol):
 
 
 INITS: Registry[Init] = Registry("init")
+_NEEDS: dict[str, frozenset[str]] = {}
+
+
+def init(name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Init], Init]:
+    """File an init under `name`, with the fields of `InitStats` that it reads."""
+    _NEEDS[name] = frozenset(needs)
+    return INITS.register(name)
+
+
+def needs(name: str) -> frozenset[str]:
+    """What has to be gathered from data before this init can start: fields of `InitStats`."""
+    return _NEEDS.get(name, frozenset())
+
+
+def need(value: Tensor | None, what: str, name: str) -> Tensor:
+    """`value`, or a refusal that says what was not gathered."""
+    if value is None:
+        raise ConfigError(
+            f"init: {name} needs {what}, and none was gathered", help="train with data, or use init: default"
+        )
+    return value

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from veneer.base.host import Host
-from veneer.inits._abstract import INITS, InitStats
+from veneer.inits._abstract import InitStats, init
 from veneer.types import Factors
 
 
-@INITS.register("default")
+@init("default")
 def default(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Kaiming uniform A, zero B."""
     if host.shape.kind == "embedding":
@@ -30,7 +30,7 @@ def default(host: Host, rank: int, scale: float, stats: InitStats | None, genera
     return Factors(a, torch.zeros(host.shape.out_features, rank))
 
 
-@INITS.register("gaussian")
+@init("gaussian")
 def gaussian(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Normal A with standard deviation 1/rank, zero B."""
     if host.shape.kind == "embedding":
@@ -39,7 +39,7 @@ def gaussian(host: Host, rank: int, scale: float, stats: InitStats | None, gener
     return Factors(a, torch.zeros(host.shape.out_features, rank))
 
 
-@INITS.register("orthogonal")
+@init("orthogonal")
 def orthogonal(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Orthonormal rows of A, zero B."""
     if host.shape.kind == "embedding":

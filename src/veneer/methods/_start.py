@@ -86,15 +86,16 @@ def start_parts(
     if refusals:
         raise TargetError(f"{method.kind} cannot go everywhere it was asked to:\n{listed(refusals)}")
     seed = int(torch.randint(2**62, (), generator=generator))
-    parts = [_start(m, t, h, _generator(seed, f"{m.kind} {t}"), factors) for m, t, h in wanted]
+    parts = [_start(m, t, h, _generator(seed, f"{m.kind} {t}"), factors if m is method else None) for m, t, h in wanted]
     shared = method.shared_start([h.shape for m, _, h in wanted if m is method], _generator(seed, "shared"))
     if shared:
         parts.insert(0, Part(method.kind, method.site, None, shared))
     return tuple(parts)
 
 
-def _start(method: Method, target: str, host: Host, generator: torch.Generator, factors: FactorSource) -> Part:
-    tensors = method.start(target, host, factors(target, host, generator), generator)
+def _start(method: Method, target: str, host: Host, generator: torch.Generator, factors: FactorSource | None) -> Part:
+    given = None if factors is None else factors(target, host, generator)
+    tensors = method.start(target, host, given, generator)
     return Part(method.kind, method.site, target or None, tensors, _kind_of(method.site, host))
 
 

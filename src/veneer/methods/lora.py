@@ -48,6 +48,11 @@ class LoRA(LowRankMethod):
         return self.model_copy(update={"invocation": tuple(encode(self.invocation))})
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
+        if self.invocation is not None:
+            raise Unsupported(
+                "an activated LoRA acts by the position in the text, which a single layer does not see",
+                help="load the base natively with vn.load_base",
+            )
         base = host.apply(x)
         return base + self.low_rank_output(x, part, host).to(base.dtype)
 
