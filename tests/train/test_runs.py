@@ -145,7 +145,7 @@ def test_the_seed_covers_init_order_and_dropout(base: Base, files: Path, tmp_pat
 
 
 def test_the_adapter_folder_is_the_best_and_last_is_the_last(base: Base, files: Path, tmp_path: Path) -> None:
-    run(base, files, tmp_path / "run", lr=1.0, epochs=3, schedule="constant", eval_every=1)
+    run(base, files, tmp_path / "run", lr=0.5, epochs=20, patience=2, eval_every=1)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     evaluated = [(line["eval_loss"], line["step"]) for line in lines if line.get("eval_loss") is not None]
     assert min(evaluated)[1] != evaluated[-1][1], "the test needs a run that gets worse"
