@@ -1,0 +1,280 @@
+"""Where keys and values live: one buffer per sequence while its prompt is read, a seat among its equals while it decodes.
+
+Buffers are `[layers, 2, positions, kv_heads, head_dim]`, contiguous, so reading a prompt in chunks and copying a
+prefix are plain slices. When a sequence starts to decode it takes a seat in a table of sequences of about its length,
+`[layers, 2, seats, positions, kv_heads, head_dim]`: all of a table attend in one call, with no gathering and little
+padding. Seats are kept without holes; a sequence that outgrows its table moves to the next size.
+
+The surprise: a freed seat is not a clean one. What lies beyond a sequence's length is masked, but 0 * NaN is NaN, so
+the rest of a seat is zeroed when somebody sits down: no other sequence, broken or not, can be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.models.decoder import Run
+from veneer.ops.attention import attention_over, decode_attention
+
+_SPARE = 4
+
+
+def capacity(positions: int) -> int:
+    """The size of buffer for so many positions: 64, 96, 128, 192, 256, 384, ...
+
+    >>> capacity(1), capacity(65), capacity(97), capacity(1000)
+    (64, 96, 128, 1024)
+    """
+    size = 64
+    while size < positions:
+        if size + size // 2 >= positions:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+def whole_capacity(positions: int) -> int:
+    """The largest size of buffer that is no larger than `positions`; 0 if there is none.
+
+    >>> whole_capacity(100), whole_capacity(20)
+    (96, 0)
+    """
+    size = 0
+    while (larger := capacity(size + 1)) <= positions:
+        size = larger
+    return size
+
+
+class Table:
+    """Seats of one size. Seats `0 .. len(ids) - 1` are taken."""
+
+    def __init__(self, store: Tensor) -> None:
+        self.store = store
+        self.ids: list[int] = []
+
+    def sit(self, id: int, contents: Tensor) -> None:
+        """Take the next seat for `contents` `[layers, 2, n, kv_heads, head_dim]`."""
+        seats, seat = self.store.shape[2], len(self.ids)
+        if seat == seats:
+            wider = self.store.new_zeros(*self.store.shape[:2], seats + min(seats, 8), *self.store.shape[3:])
+            wider[:, :, :seats] = self.store
+            self.store = wider
+        length = contents.shape[2]
+        self.store[:, :, seat, :length] = contents
+        self.store[:, :, seat, length:] = 0
+        self.ids.append(id)
+
+    def leave(self, id: int) -> None:
+        """Free a seat; the last one moves into it."""
+        seat, last = self.ids.index(id), len(self.ids) - 1
+        if seat != last:
+            self.store[:, :, seat] = self.store[:, :, last]
+            self.ids[seat] = self.ids[last]
+        self.ids.pop()
+
+
+@dataclass(frozen=True, eq=False)
+class _Seated:
+    """Rows of one call that decode in one table: their rows, seats and lengths, in seat order."""
+
+    table: Table
+    rows: Tensor
+    seats: Tensor
+    places: Tensor
+    lengths: list[int]
+    whole: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    runs: tuple[Run, ...]
+    seated: tuple[_Seated, ...]
+    alone: tuple[tuple[int, Run], ...]
+
+
+class Arena:
+    """Keys and values of all sequences; the decoder's cache."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = (layers, 2, kv_heads, head_dim)
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[int, Tensor] = {}
+        self._tables: dict[int, Table] = {}
+        self._seat_of: dict[int, Table] = {}
+        self._spare: dict[int, list[Tensor]] = {}
+        self._plan: _Plan | None = None
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position over all layers."""
+        layers, two, heads, dim = self._shape
+        return layers * two * heads * dim * self._dtype.itemsize
+
+    @property
+    def allocated(self) -> int:
+        """Bytes held now, spare buffers and free seats included."""
+        tensors: list[Tensor] = [*self._buffers.values(), *(t.store for t in self._tables.values())]
+        tensors += [b for spare in self._spare.values() for b in spare]
+        return sum(t.nbytes for t in tensors)
+
+    def open(self, id: int, positions: int) -> None:
+        """A buffer for a new sequence."""
+        self._buffers[id] = self._take(capacity(positions))
+
+    def reserve(self, id: int, positions: int) -> None:
+        """Make sure that `positions` fit, before a forward that writes up to there."""
+        table = self._seat_of.get(id)
+        held = self._buffers[id] if table is None else table.store[:, :, table.ids.index(id)]
+        if held.shape[2] >= positions:
+            return
+        if table is None:
+            self._buffers[id] = self._take(capacity(positions))
+            self._buffers[id][:, :, : held.shape[2]] = held
+            self._give(held)
+        else:
+            contents = held.clone()
+            self._stand(id)
+            self._sit(id, contents, positions)
+
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Start `target` with the first positions of `source`."""
+        self._buffers[target][:, :, :positions] = self._view(source)[:, :, :positions]
+
+    def seat(self, id: int, stored: int) -> None:
+        """The sequence decodes from now on: from its buffer to a seat. Sitting down twice is once."""
+        if id in self._seat_of:
+            return
+        buffer = self._buffers.pop(id)
+        self._sit(id, buffer[:, :, :stored], stored + 1)
+        self._give(buffer)
+
+    def keep(self, id: int, positions: int) -> None:
+        """The sequence has ended; what it stored stays, in a buffer of just that size."""
+        contents = self._view(id)[:, :, :positions].clone()
+        self.close(id)
+        self._buffers[id] = contents
+
+    def close(self, id: int) -> None:
+        """Free all that `id` holds."""
+        if id in self._seat_of:
+            self._stand(id)
+        else:
+            self._give(self._buffers.pop(id))
+
+    def close_all(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            self.close(id)
+
+    # -- the decoder's cache protocol ----------------------------------------------------------------------------------
+
+    def put_prefix(self, layer: int, sequence: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values `[p, kv_heads, head_dim]` at position 0."""
+        self._buffers[sequence][layer, 0, : len(key)] = key
+        self._buffers[sequence][layer, 1, : len(value)] = value
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Sequence[Run],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store the rows of each run and attend over everything its sequence has stored."""
+        plan = self._planned(runs)
+        out = torch.empty_like(q)
+        for group in plan.seated:
+            keys, values = group.table.store[layer, 0], group.table.store[layer, 1]
+            keys[group.seats, group.places] = k[group.rows]
+            values[group.seats, group.places] = v[group.rows]
+            longest, count = max(group.lengths), len(group.lengths)
+            if group.whole:
+                keys, values = keys[:count, :longest], values[:count, :longest]
+            else:
+                keys, values = keys[group.seats, :longest], values[group.seats, :longest]
+            out[group.rows] = decode_attention(
+                q[group.rows], keys, values, group.lengths, scale=scale, window=window, softcap=softcap
+            )
+        for row, run in plan.alone:
+            stop, end = row + run.length, run.start + run.length
+            buffer = self._view(run.sequence)
+            buffer[layer, 0, run.start : end] = k[row:stop]
+            buffer[layer, 1, run.start : end] = v[row:stop]
+            keys, values = buffer[layer, 0, :end], buffer[layer, 1, :end]
+            out[row:stop] = attention_over(q[row:stop], keys, values, scale=scale, window=window, softcap=softcap)
+        return out
+
+    def _planned(self, runs: Sequence[Run]) -> _Plan:
+        """Which rows attend together: the same for every layer of a pass."""
+        if self._plan is not None and self._plan.runs == tuple(runs):
+            return self._plan
+        alone: list[tuple[int, Run]] = []
+        members: dict[int, list[tuple[int, int, Run]]] = {}
+        tables: dict[int, Table] = {}
+        row = 0
+        for run in runs:
+            table = self._seat_of.get(run.sequence)
+            if table is None or run.length > 1:
+                alone.append((row, run))
+            else:
+                tables[id(table)] = table
+                members.setdefault(id(table), []).append((table.ids.index(run.sequence), row, run))
+            row += run.length
+        seated = tuple(self._group(tables[key], found) for key, found in members.items())
+        self._plan = _Plan(tuple(runs), seated, tuple(alone))
+        return self._plan
+
+    def _group(self, table: Table, found: list[tuple[int, int, Run]]) -> _Seated:
+        found.sort(key=lambda member: member[0])
+        return _Seated(
+            table,
+            rows=torch.tensor([row for _, row, _ in found], device=self._device),
+            seats=torch.tensor([seat for seat, _, _ in found], device=self._device),
+            places=torch.tensor([run.start for _, _, run in found], device=self._device),
+            lengths=[run.start + 1 for _, _, run in found],
+            whole=len(found) == len(table.ids),
+        )
+
+    # -- seats and buffers ---------------------------------------------------------------------------------------------
+
+    def _view(self, id: int) -> Tensor:
+        table = self._seat_of.get(id)
+        return self._buffers[id] if table is None else table.store[:, :, table.ids.index(id)]
+
+    def _sit(self, id: int, contents: Tensor, positions: int) -> None:
+        size = capacity(positions)
+        if size not in self._tables:
+            layers, two, heads, dim = self._shape
+            store = torch.zeros(layers, two, 1, size, heads, dim, dtype=self._dtype, device=self._device)
+            self._tables[size] = Table(store)
+        self._tables[size].sit(id, contents)
+        self._seat_of[id] = self._tables[size]
+        self._plan = None
+
+    def _stand(self, id: int) -> None:
+        table = self._seat_of.pop(id)
+        table.leave(id)
+        if not table.ids:
+            del self._tables[table.store.shape[3]]
+        self._plan = None
+
+    def _take(self, size: int) -> Tensor:
+        spare = self._spare.get(size)
+        if spare:
+            return spare.pop()
+        layers, two, heads, dim = self._shape
+        return torch.empty(layers, two, size, heads, dim, dtype=self._dtype, device=self._device)
+
+    def _give(self, buffer: Tensor) -> None:
+        self._plan = None
+        spare = self._spare.setdefault(buffer.shape[2], [])
+        if len(spare) < _SPARE and buffer.shape[2] == capacity(buffer.shape[2]):
+            spare.append(buffer)

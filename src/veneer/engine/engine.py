@@ -1,0 +1,465 @@
+"""The engine: requests with any adapters go in, events come out, one step at a time.
+
+    engine = Engine(base)
+    engine.add("tickets", adapter)
+    for event in engine.generate([Request("Hello", adapter="tickets"), Request("Hello")]): ...
+
+A step lets waiting sequences in, runs the tokens of all that run through the decoder at once, and chooses their next
+tokens. Adapters are loaded on a worker thread and become visible between steps, as one reference; nothing that runs is
+ever written to.
+
+The surprise: there are no locks. `read` and `resolve` may be called from any thread; everything else belongs to the
+one thread that steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import psutil
+
+from veneer.adapter import Adapter, HostSource
+from veneer.engine.answer import Answer
+from veneer.engine.arena import capacity, whole_capacity
+from veneer.engine.intake import Intake, Ticket, speller_of
+from veneer.engine.kvcache import Chain, KVBook
+from veneer.engine.request import Event, Failed, Finished, FinishReason, Request
+from veneer.engine.residency import Residency
+from veneer.engine.runner import Runner, Scores
+from veneer.engine.sampling import Chooser, choose_all
+from veneer.engine.scheduler import Limits, Scheduler, Seq, Step, Verdict
+from veneer.engine.slots import State
+from veneer.engine.source import AdapterSource, Recipe
+from veneer.engine.text import TextStream
+from veneer.errors import Conflict, FormatError, ResourceError, VeneerError
+from veneer.models.config import DecoderConfig
+from veneer.models.decoder import Decoder
+from veneer.models.tokenizer import Tokenizer
+
+
+class EngineBase(HostSource, Protocol):
+    """What the engine needs of a base (`models.Base` has it)."""
+
+    @property
+    def identity(self) -> str | None: ...
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: for metrics."""
+
+    decoded: int
+    prefilled: int
+    adapters: int
+    seconds: float
+
+
+class Engine:
+    """Continuous batching over one base.
+
+    source         where adapter names are looked up that were not added here (the library, in the server)
+    limits         streams, adapters and tokens per step
+    kv_bytes       budget for keys and values; a quarter of the free memory where None
+    adapter_bytes  budget for adapters in memory; the same
+    reproducible   every sequence computed alone: an answer does not depend on what else runs. Slower, no prefix reuse
+    clock          seconds, only ever compared
+    """
+
+    def __init__(
+        self,
+        base: EngineBase,
+        *,
+        source: AdapterSource | None = None,
+        limits: Limits | None = None,
+        kv_bytes: int | None = None,
+        adapter_bytes: int | None = None,
+        reproducible: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base = base
+        self.limits = Limits() if limits is None else limits
+        self.reproducible = reproducible
+        self._clock = clock
+        free = psutil.virtual_memory().available // 4
+        if reproducible:
+            self.limits = replace(self.limits, fixed=self.limits.fixed or 256)
+        self._runner = Runner(base.decoder, alone=reproducible)
+        self.book = KVBook(free if kv_bytes is None else kv_bytes, self._runner.arena.position_bytes)
+        self.residency = Residency(base, base.decoder, source, free if adapter_bytes is None else adapter_bytes)
+        self.scheduler = Scheduler(self.limits, self)
+        config = base.config
+        self._intake = Intake(base.tokenizer, config.vocab, config.max_positions, self.residency.resolve)
+        self._spell = speller_of(base.tokenizer)
+        self._decode: Callable[[Sequence[int]], str] = _no_text if base.tokenizer is None else base.tokenizer.decode
+        self._cache_identity = f"{base.identity}|{base.decoder.dtype}"
+        self._answers: dict[int, Answer] = {}
+        self._requests: dict[str, list[Answer]] = {}
+        self._refused: list[tuple[Answer, VeneerError]] = []
+        self._numbers = itertools.count()
+        self.last_step: StepReport | None = None
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: Adapter, *, replace: bool = False, pin: bool = False) -> str:
+        """Make `adapter` available under `name`; its digest. It is checked and packed at once, so what can't run is refused.
+
+        With `replace` the name moves to the new adapter; sequences that run keep the one they started with.
+        """
+        return self.residency.add(name, adapter, self._clock(), replace=replace, pin=pin)
+
+    def remove(self, name: str) -> int:
+        """Forget an adapter that was added, and free its memory as soon as nobody uses it. Bytes freed at once."""
+        return self.unload(self.residency.local.remove(name).digest)
+
+    def load(self, name: str, *, pin: bool = False) -> State:
+        """Begin to load an adapter before somebody asks for it; its state now. `residency.slots` tells the end."""
+        recipe = Recipe.of([(self.residency.resolve(name), 1.0)])
+        state = self.residency.want(recipe, self._clock())
+        if pin:
+            self.residency.slots.pin(recipe.key)
+        return state
+
+    def unload(self, digest: str) -> int:
+        """Free an adapter's memory once nobody uses it; bytes freed at once. Its name stays known."""
+        freed = self.residency.unload(digest)
+        self._runner.forget_bank()
+        return freed
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def read(self, request: Request) -> Ticket:
+        """Check a request, tokenise its prompt, look up its adapters. May be called from any thread."""
+        return self._intake.read(request)
+
+    def submit(self, request: Request | Ticket) -> str:
+        """Queue a request; its id. ResourceError when too many wait: try again later."""
+        ticket = request if isinstance(request, Ticket) else self.read(request)
+        asked = ticket.request
+        waiting = len(self.scheduler.waiting)
+        if waiting + asked.n > self.limits.waiting:
+            raise ResourceError(f"{waiting} sequences are waiting already", help="try again later")
+        id = asked.id if asked.id is not None else f"request-{next(self._numbers)}"
+        if id in self._requests:
+            raise Conflict(f"a request called '{id}' is in flight")
+        self.book.check(capacity(len(ticket.tokens) + (ticket.limit or 1) - 1))
+        now = self._clock()
+        leader: Seq | None = None
+        self._requests[id] = []
+        for choice in range(asked.n):
+            answer = self._answer(id, ticket, choice, leader, now)
+            leader = leader or answer.seq
+            self._requests[id].append(answer)
+            self._answers[answer.seq.id] = answer
+            self.scheduler.add(answer.seq)
+        return id
+
+    def cancel(self, id: str, reason: FinishReason = "cancelled") -> list[Event]:
+        """End a request now; the events of what it had. Unknown ids have ended already."""
+        now = self._clock()
+        events: list[Event] = []
+        for answer in list(self._requests.get(id, ())):
+            self._release(answer, now)
+            events += answer.cut(reason, now)
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Something is running or waiting."""
+        return bool(self._answers)
+
+    @property
+    def loading(self) -> int:
+        """Adapters that are being loaded now."""
+        return self.residency.loading
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until an adapter has been loaded: the thing to do when `step` gave nothing."""
+        self.residency.wait(timeout)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Run requests to their end.
+
+        Events name their request by `id`: the request's own, or "0", "1", ... by position.
+        """
+        todo = (
+            _named(self.read(request), request.id if request.id is not None else str(position))
+            for position, request in enumerate(requests)
+        )
+        mine: set[str] = set()
+        held: deque[Ticket] = deque()
+        try:
+            while self._feed(todo, held, mine):
+                events = self.step()
+                if not events and self.last_step is None and self.loading:
+                    self.wait(1.0)
+                yield from events
+        finally:
+            for id in mine:
+                self.cancel(id)
+
+    def complete(self, requests: Iterable[Request]) -> list[list[Finished]]:
+        """The finished answers of each request, by choice. A request that fails raises its error."""
+        requests = list(requests)
+        names = [r.id if r.id is not None else str(i) for i, r in enumerate(requests)]
+        found: dict[str, dict[int, Finished]] = {name: {} for name in names}
+        for event in self.generate(requests):
+            if isinstance(event, Failed):
+                for name in names:
+                    self.cancel(name)
+                raise event.error
+            if isinstance(event, Finished):
+                found[event.id][event.choice] = event
+        return [[choices[c] for c in sorted(choices)] for choices in found.values()]
+
+    def close(self) -> None:
+        """Stop the loading thread."""
+        self.residency.close()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """One turn: publish loaded adapters, let sequences in, run them, choose tokens.
+
+        `last_step` is None if nothing ran.
+        """
+        self.residency.publish(self._clock())
+        events = self._expire()
+        step = self.scheduler.plan(self._clock())
+        events += self._fail_refused()
+        self.last_step = None
+        if not step:
+            events += self._fail_stuck()
+            return events
+        start = time.perf_counter()
+        residents = {
+            key: self.residency.payload(key) for key in {s.adapter for s in self.scheduler.running if s.adapter}
+        }
+        scores = self._runner.run(step, residents)
+        self._note_blocks(step)
+        for batch in scores:
+            events += self._advance(batch)
+        seconds = time.perf_counter() - start
+        prefilled = step.tokens - len(step.decode)
+        self.scheduler.pace.observe(prefilled, seconds)
+        self.last_step = StepReport(len(step.decode), prefilled, len(residents), seconds)
+        return events
+
+    def enter(self, seq: Seq, now: float) -> Verdict:
+        """Whether a waiting sequence can start: its adapter is resident and there is room for its keys and values."""
+        answer = self._answers[seq.id]
+        if seq.adapter:
+            verdict = self._adapter_ready(answer, now)
+            if verdict != "enter":
+                return verdict
+        try:
+            self._fit(answer)
+        except VeneerError as error:
+            self._refused.append((answer, error))
+            return "later"
+        dropped = self.book.promise(seq.id, capacity(seq.most_positions))
+        if dropped is None:
+            return "full"
+        self._runner.arena.close_all(dropped)
+        if seq.adapter:
+            self.residency.slots.acquire(seq.adapter, now)
+        answer.holds = True
+        self._open(answer)
+        return "enter"
+
+    # -- its parts -----------------------------------------------------------------------------------------------------
+
+    def _feed(self, todo: Iterator[Ticket], held: deque[Ticket], mine: set[str]) -> bool:
+        """Submit as many of `todo` as may wait. False when none is left, here or in flight."""
+        while True:
+            if not held:
+                held.extend(itertools.islice(todo, 1))
+            waiting = len(self.scheduler.waiting)
+            if not held or (waiting and waiting + held[0].request.n > self.limits.waiting):
+                break
+            mine.add(self.submit(held.popleft()))
+        mine &= self._requests.keys()
+        return bool(mine or held)
+
+    def _answer(self, id: str, ticket: Ticket, choice: int, leader: Seq | None, now: float) -> Answer:
+        asked = ticket.request
+        limit = ticket.limit or self.base.config.max_positions - len(ticket.tokens)
+        seq = Seq(
+            id=next(self._numbers),
+            request=id,
+            choice=choice,
+            tokens=list(ticket.tokens),
+            prompt=len(ticket.tokens),
+            limit=limit,
+            adapter=ticket.recipe.key,
+            arrived=now,
+            after=leader,
+        )
+        chooser = Chooser(
+            asked.sampling,
+            ticket.tokens,
+            choice,
+            asked.min_tokens,
+            tuple(sorted(ticket.ending)),
+            None if ticket.matcher is None else ticket.matcher.copy(),
+            asked.logprobs,
+        )
+        return Answer(id, seq, ticket, chooser, TextStream(self._decode, asked.stop, include_stop=asked.include_stop))
+
+    def _adapter_ready(self, answer: Answer, now: float) -> Verdict:
+        recipe = answer.ticket.recipe
+        state = self.residency.want(recipe, now)
+        if not answer.asked:
+            answer.asked = True
+            counters = self.residency.slots.counters
+            counters.hits += state == "resident"
+            counters.misses += state != "resident"
+        if state == "resident":
+            return "enter"
+        if state == "failed":
+            reason = self.residency.slots.slot(recipe.key).reason
+            names = ", ".join(found.name for found, _ in recipe.parts)
+            self._refused.append((answer, FormatError(f"adapter {names} can't be used: {reason}")))
+        return "full" if state == "available" else "later"
+
+    def _fit(self, answer: Answer) -> None:
+        """Settle what depends on the adapter: virtual rows, where it starts to apply, the room for the answer."""
+        seq = answer.seq
+        if seq.adapter:
+            resident = self.residency.payload(seq.adapter)
+            seq.virtual = resident.virtual
+            seq.switch = _switch(seq.tokens, resident.invocation)
+            answer.digest = resident.digest
+        if answer.ticket.limit is None:
+            room = whole_capacity(self.book.budget // self.book.position)
+            seq.limit = min(seq.limit, max(1, room - seq.virtual - seq.prompt + 1))
+        context = self.base.config.max_positions
+        over = seq.virtual + seq.prompt + seq.limit - context
+        if over > 0:
+            if answer.ticket.limit is not None or over >= seq.limit:
+                raise ResourceError(
+                    f"prompt, answer and the adapter's {seq.virtual} rows need {context + over:,} positions; "
+                    f"this base has {context:,}",
+                    help="ask for a shorter answer (max_tokens)",
+                )
+            seq.limit -= over
+        self.book.check(capacity(seq.most_positions))
+
+    def _open(self, answer: Answer) -> None:
+        """A place in the cache, begun with the longest stored prefix."""
+        seq, arena = answer.seq, self._runner.arena
+        arena.open(seq.id, seq.virtual + seq.prompt)
+        if self.reproducible:
+            return
+        answer.chain = Chain(self._cache_identity, seq.adapter, seq.switch)
+        hit = self.book.find(answer.chain.extend(seq.tokens, seq.prompt - 1))
+        if hit is not None:
+            donor, blocks = hit
+            seq.stored = seq.cached = blocks * 16
+            arena.copy(donor, seq.id, seq.virtual + seq.stored)
+
+    def _note_blocks(self, step: Step) -> None:
+        for seq in (*step.decode, *(s for s, _ in step.prefill)):
+            chain = self._answers[seq.id].chain
+            if chain is not None:
+                self.book.wrote(seq.id, chain.extend(seq.tokens, seq.stored))
+
+    def _advance(self, scores: Scores) -> Iterator[Event]:
+        answers = [self._answers[seq.id] for seq in scores.seqs]
+        chosen = choose_all(scores.logits, [a.chooser for a in answers], self._spell)
+        now = self._clock()
+        for answer, choice in zip(answers, chosen, strict=True):
+            if choice.broken:
+                who = answer.digest[:12] or "the base"
+                yield self._fail(answer, FormatError(f"adapter {who} gave scores that are not finite"), now)
+                continue
+            events, reason = answer.take(choice, now)
+            yield from events
+            if reason is not None:
+                self._release(answer, now)
+                yield answer.finished(reason, now)
+
+    def _expire(self) -> list[Event]:
+        now = self._clock()
+        late = [
+            id
+            for id, answers in self._requests.items()
+            if answers and _overdue(answers[0].ticket.request.timeout, answers[0].seq.arrived, now)
+        ]
+        return [event for id in late for event in self.cancel(id, "timeout")]
+
+    def _fail_refused(self) -> Iterator[Event]:
+        refused, self._refused = self._refused, []
+        now = self._clock()
+        for answer, error in refused:
+            yield self._fail(answer, error, now)
+
+    def _fail_stuck(self) -> Iterator[Event]:
+        """Nothing runs, nothing loads, and still somebody waits: there will never be room."""
+        if self.loading or self.scheduler.running:
+            return
+        now = self._clock()
+        for seq in self.scheduler.waiting:
+            error = ResourceError(
+                "there is no room in memory for this adapter: what is loaded is pinned",
+                help="unpin an adapter, or start with a larger adapter budget",
+            )
+            yield self._fail(self._answers[seq.id], error, now)
+
+    def _fail(self, answer: Answer, error: VeneerError, now: float) -> Failed:
+        self._release(answer, now, keep=False)
+        return answer.failed(error)
+
+    def _release(self, answer: Answer, now: float, *, keep: bool = True) -> None:
+        """The answer is over: give back its place, its bytes and its use of the adapter. Exactly once."""
+        seq = answer.seq
+        del self._answers[seq.id]
+        others = self._requests[answer.id]
+        others.remove(answer)
+        if not others:
+            del self._requests[answer.id]
+        self.scheduler.remove(seq)
+        if not answer.holds:
+            return
+        answer.holds = False
+        positions = seq.virtual + seq.stored
+        if self.book.end(seq.id, positions, keep=keep and not self.reproducible):
+            self._runner.arena.keep(seq.id, positions)
+        else:
+            self._runner.arena.close(seq.id)
+        if seq.adapter:
+            self.residency.slots.release(seq.adapter, now)
+
+
+def _switch(tokens: Sequence[int], invocation: tuple[int, ...] | None) -> int:
+    """Where the adapter starts to apply: at the start of the last invocation sequence; never without one (PEFT's rule)."""
+    if invocation is None:
+        return 0
+    width = len(invocation)
+    starts = range(len(tokens) - width, -1, -1)
+    return next((i for i in starts if tuple(tokens[i : i + width]) == invocation), 1 << 62)
+
+
+def _overdue(timeout: float | None, since: float, now: float) -> bool:
+    return timeout is not None and now - since >= timeout
+
+
+def _named(ticket: Ticket, id: str) -> Ticket:
+    return replace(ticket, request=replace(ticket.request, id=id))
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    return ""

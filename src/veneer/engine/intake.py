@@ -1,0 +1,106 @@
+"""From a request to something that can run: tokens, adapters by content, compiled constraints. Everything that can be refused is.
+
+This is the part of the work that needs no turn on the step path: the server does it on its own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from veneer.engine.constraint import Grammars, Matcher
+from veneer.engine.request import Message, Request
+from veneer.engine.source import Found, Recipe
+from veneer.errors import ConfigError, Unsupported
+from veneer.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A request that has been read and can be let in.
+
+    `limit` is None where the answer may go to the end of the context.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    limit: int | None
+    recipe: Recipe
+    matcher: Matcher | None
+    ending: frozenset[int]
+
+
+class Intake:
+    """Reads requests for one base. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab: int, context: int, resolve: Callable[[str], Found]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab, self._context = vocab, context
+        self._resolve = resolve
+        self._grammars = Grammars(tokenizer.fast.to_str, tokenizer.eos_ids) if tokenizer is not None else None
+
+    def read(self, request: Request) -> Ticket:
+        """A ticket for `request`, or the reason why it can't run here."""
+        tokens = self._tokens(request)
+        self._check(request, tokens)
+        recipe = Recipe.of([(self._resolve(use.name), use.scale) for use in request.uses])
+        matcher = self._matcher(request)
+        eos = () if self._tokenizer is None or request.ignore_eos else self._tokenizer.eos_ids
+        return Ticket(request, tokens, request.max_tokens, recipe, matcher, frozenset((*eos, *request.stop_tokens)))
+
+    def count(self, text: str) -> int:
+        """Tokens of a text as a prompt."""
+        return len(self._speller("count tokens").encode(text, special=True))
+
+    def _tokens(self, request: Request) -> tuple[int, ...]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return tuple(self._speller("read a text prompt").encode(prompt, special=True))
+        if prompt and isinstance(prompt[0], Mapping):
+            speller = self._speller("read chat messages")
+            rendered = speller.render(cast("Sequence[Message]", prompt), add_generation_prompt=True)
+            return tuple(speller.encode(rendered))
+        return tuple(cast("Sequence[int]", prompt))
+
+    def _check(self, request: Request, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ConfigError("the prompt is empty", help="a prompt needs at least one token")
+        stray = next((t for t in tokens if not 0 <= t < self._vocab), None)
+        if stray is not None:
+            raise ConfigError(f"token {stray} is not in this base's vocabulary of {self._vocab:,}")
+        room = self._context - len(tokens)
+        if room < 1:
+            raise ConfigError(
+                f"the prompt has {len(tokens):,} tokens and this base reads {self._context:,}, the answer included",
+                help="shorten the prompt",
+            )
+        if request.max_tokens is not None and request.max_tokens > room:
+            raise ConfigError(
+                f"prompt ({len(tokens):,} tokens) and max_tokens ({request.max_tokens:,}) exceed this base's context "
+                f"of {self._context:,} tokens",
+                help=f"ask for at most {room:,} tokens, or leave max_tokens out",
+            )
+        if request.stop:
+            self._speller("look for stop strings")
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        if request.constraint is None:
+            return None
+        self._speller("follow a constraint")
+        assert self._grammars is not None
+        return self._grammars.matcher(request.constraint)
+
+    def _speller(self, purpose: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise Unsupported(
+                f"this base came without a tokenizer, which is needed to {purpose}", help="give the prompt as token ids"
+            )
+        return self._tokenizer
+
+
+def speller_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    """The text of one token; "" without a tokenizer."""
+    if tokenizer is None:
+        return lambda token: ""
+    return lambda token: tokenizer.decode([token], skip_special=False)

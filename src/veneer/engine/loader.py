@@ -1,0 +1,96 @@
+"""Adapters are read, checked and packed on a worker thread, so that no stream waits for a disk.
+
+The engine asks for results between steps. The worker gives way: it runs torch on one thread and, where the system
+allows, at low priority.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from veneer.errors import VeneerError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded(Generic[T]):
+    """The end of one load: `result`, or the `error` that people should see."""
+
+    key: str
+    seconds: float
+    result: T | None
+    error: str = ""
+
+
+class Loader(Generic[T]):
+    """Loads in the background, one after the other."""
+
+    def __init__(self) -> None:
+        threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="veneer-load", initializer=_give_way, initargs=(threads,))
+        self._running: dict[str, Future[tuple[T, float]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, key: str, load: Callable[[], T], then: Callable[[], None] | None = None) -> None:
+        """Begin to load `key`; `then` is called on the worker when it is over, whatever the end."""
+        assert key not in self._running
+        future = self._pool.submit(_timed, load)
+        self._running[key] = future
+        if then is not None:
+            future.add_done_callback(lambda _: then())
+
+    def finished(self) -> list[Loaded[T]]:
+        """Loads that have ended since the last call."""
+        ended = [key for key, future in self._running.items() if future.done()]
+        return [self._result(key, self._running.pop(key)) for key in ended]
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until some load ends."""
+        wait(list(self._running.values()), timeout=timeout, return_when="FIRST_COMPLETED")
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the rest."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _result(self, key: str, future: Future[tuple[T, float]]) -> Loaded[T]:
+        error = future.exception()
+        if error is None:
+            result, seconds = future.result()
+            return Loaded(key, seconds, result)
+        if isinstance(error, VeneerError | OSError):
+            return Loaded(key, 0.0, None, str(error))
+        log.error("loading adapter %s failed", key[:12], exc_info=error)
+        return Loaded(key, 0.0, None, f"it can't be read: {type(error).__name__}: {error}")
+
+
+def _timed(load: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = load()
+    return result, time.perf_counter() - start
+
+
+def _give_way(threads: int) -> None:
+    """One torch thread here.
+
+    Torch would give the same to every thread that starts later, so the number is put back for those.
+    """
+    torch.set_num_threads(1)
+    others = threading.Thread(target=torch.set_num_threads, args=(threads,))
+    others.start()
+    others.join()
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,0 +1,89 @@
+"""Adapters on their way into memory and out: names, slots and the loading thread, joined.
+
+Everything but `resolve` belongs to the thread that steps. A loaded adapter becomes visible in `publish`, between two steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from veneer.adapter import Adapter, HostSource
+from veneer.engine.batch import Resident, prepare
+from veneer.engine.loader import Loader
+from veneer.engine.slots import Slots, State
+from veneer.engine.source import AdapterSource, Found, Local, Recipe
+from veneer.models.decoder import Decoder
+
+
+class Residency:
+    """Which adapters are in memory.
+
+    local         adapters that the program holds itself; looked at first
+    source        where other names are looked up
+    load_seconds  how long the latest loads took, to be read and cleared by whoever measures
+    """
+
+    def __init__(self, base: HostSource, decoder: Decoder, source: AdapterSource | None, budget: int) -> None:
+        self.local = Local()
+        self.slots: Slots[Resident] = Slots(budget)
+        self.load_seconds: deque[float] = deque(maxlen=1024)
+        self._base, self._decoder, self._source = base, decoder, source
+        self._loader: Loader[Resident] = Loader()
+
+    def resolve(self, name: str) -> Found:
+        """What an adapter name stands for now, or NotFound. Safe on any thread."""
+        if name in self.local or self._source is None:
+            return self.local.resolve(name)
+        return self._source.resolve(name)
+
+    def add(self, name: str, adapter: Adapter, now: float, *, replace: bool, pin: bool) -> str:
+        """Check and pack `adapter` here and now, and file it under `name`; its digest."""
+        resident = prepare([(adapter, 1.0)], self._base, self._decoder)
+        found = self.local.add(name, adapter, replace=replace)
+        self.slots.know(found.digest, resident.bytes)
+        before = self.slots.slot(found.digest).state
+        if before != "loading" and self.slots.want(found.digest, now) == "loading":
+            self.slots.loaded(found.digest, resident, resident.bytes, now)
+        if pin:
+            self.slots.pin(found.digest)
+        return found.digest
+
+    def want(self, recipe: Recipe, now: float) -> State:
+        """The state of a recipe's slot; the load is started by the call that asks first."""
+        before = self.slots.know(recipe.key, recipe.bytes).state
+        state = self.slots.want(recipe.key, now)
+        if state == "loading" and before != "loading":
+            self._loader.start(recipe.key, lambda: self._load(recipe))
+        return state
+
+    def publish(self, now: float) -> None:
+        """Adapters whose loading has ended become resident, or failed."""
+        for loaded in self._loader.finished():
+            if loaded.result is None:
+                self.slots.failed(loaded.key, loaded.error, now)
+            elif self.slots.loaded(loaded.key, loaded.result, loaded.result.bytes, now):
+                self.load_seconds.append(loaded.seconds)
+
+    def payload(self, key: str) -> Resident:
+        """The packed form of a resident or draining adapter."""
+        payload = self.slots.slot(key).payload
+        assert payload is not None
+        return payload
+
+    def unload(self, digest: str) -> int:
+        """Free an adapter once nobody uses it; bytes freed at once."""
+        return self.slots.drain(digest) if digest in self.slots.states() else 0
+
+    @property
+    def loading(self) -> int:
+        return len(self._loader)
+
+    def wait(self, timeout: float | None) -> None:
+        """Until some load ends."""
+        self._loader.wait(timeout)
+
+    def close(self) -> None:
+        self._loader.close()
+
+    def _load(self, recipe: Recipe) -> Resident:
+        return prepare([(found.load(), factor) for found, factor in recipe.parts], self._base, self._decoder)

@@ -1,0 +1,129 @@
+"""One step: the tokens of many sequences through the decoder at once, and a next token for each that is ready for one.
+
+Rows are ordered by adapter, so every adapter has one span of rows whatever mix of decoding and prompt reading there
+is, and each projection is one product over all rows of the step.
+
+In reproducible mode every sequence has a forward of its own, with chunks of a fixed size: the same shapes whatever
+else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from veneer.engine.arena import Arena
+from veneer.engine.batch import Resident, join
+from veneer.engine.scheduler import Seq, Step
+from veneer.models.bank import EMPTY, Bank, spans_of
+from veneer.models.decoder import Decoder
+from veneer.models.project import spans_at
+from veneer.types import Segment
+
+
+@dataclass(frozen=True)
+class Work:
+    """The next `count` tokens of one sequence."""
+
+    seq: Seq
+    count: int
+
+    @property
+    def gives_token(self) -> bool:
+        """After this the sequence is read to its end, so its next token can be chosen."""
+        return self.count == self.seq.pending
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Logits `[n, vocab]` of the sequences that are ready for a token."""
+
+    seqs: tuple[Seq, ...]
+    logits: torch.Tensor
+
+
+class Runner:
+    """Runs steps on a decoder. `residents` are looked up by residency key."""
+
+    def __init__(self, decoder: Decoder, *, alone: bool = False) -> None:
+        self.decoder = decoder
+        self._alone = alone
+        config = decoder.config
+        self.arena = Arena(config.layers, config.kv_heads, config.head_dim, decoder.dtype, decoder.device)
+        self._bank: tuple[tuple[Resident, ...], Bank] = ((), EMPTY)
+
+    def run(self, step: Step, residents: Mapping[str, Resident]) -> list[Scores]:
+        """Read and store the step's tokens; the scores of those that go on."""
+        work = [Work(seq, 1) for seq in step.decode]
+        work += [Work(seq, count) for seq, count in step.prefill]
+        work.sort(key=lambda w: (w.seq.adapter, not w.seq.decoding))
+        self._prepare(work)
+        batches = [[w] for w in work] if self._alone else [work]
+        return [scores for batch in batches if (scores := self._forward(batch, residents)) is not None]
+
+    def _prepare(self, batch: Sequence[Work]) -> None:
+        """Room for what this step stores."""
+        for work in batch:
+            seq = work.seq
+            if seq.decoding and not self._alone:
+                self.arena.seat(seq.id, seq.virtual + seq.stored)
+            self.arena.reserve(seq.id, seq.virtual + seq.stored + work.count)
+
+    def _forward(self, batch: Sequence[Work], residents: Mapping[str, Resident]) -> Scores | None:
+        keys = sorted({w.seq.adapter for w in batch if w.seq.adapter})
+        bank = self._bank_of(tuple(residents[key] for key in keys))
+        places = {key: index for index, key in enumerate(keys)}
+        segments: list[Segment] = []
+        tokens: list[int] = []
+        rows: list[int] = []
+        ready: list[Seq] = []
+        for work in batch:
+            seq = work.seq
+            segments += _segments(seq, work.count, places.get(seq.adapter, -1))
+            tokens += seq.tokens[seq.stored : seq.stored + work.count]
+            if work.gives_token:
+                rows.append(len(tokens) - 1)
+                ready.append(seq)
+        device = self.decoder.device
+        # A forward with no row to give would have empty products; one row more costs nothing.
+        wanted = torch.tensor(rows or [len(tokens) - 1], dtype=torch.long, device=device)
+        with torch.inference_mode():
+            ids = torch.tensor(tokens, dtype=torch.long, device=device)
+            hidden = self.decoder.forward(ids, segments, bank, self.arena, wanted)
+            logits = self.decoder.logits(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
+        for work in batch:
+            work.seq.stored += work.count
+        return None if logits is None else Scores(tuple(ready), logits)
+
+    def _bank_of(self, residents: tuple[Resident, ...]) -> Bank:
+        """The bank of these adapters; the last one is remembered, since most steps run what the step before ran."""
+        if not residents:
+            return EMPTY
+        held, bank = self._bank
+        if len(held) != len(residents) or any(a is not b for a, b in zip(held, residents, strict=True)):
+            bank = join(residents, self.decoder.groups)
+            self._bank = (residents, bank)
+        return bank
+
+    def forget_bank(self) -> None:
+        """Let go of adapters that may have been evicted."""
+        self._bank = ((), EMPTY)
+
+
+def _segments(seq: Seq, count: int, adapter: int) -> list[Segment]:
+    """The next `count` tokens as segments: two where an invoked adapter starts within them."""
+    start, stop = seq.stored, seq.stored + count
+    bare = min(max(seq.switch - start, 0), count)
+    found = []
+    if bare:
+        found.append(Segment(bare, seq.id, -1, _position(seq, start)))
+    if bare < count:
+        found.append(Segment(stop - start - bare, seq.id, adapter, _position(seq, start + bare)))
+    return found
+
+
+def _position(seq: Seq, token: int) -> int:
+    """A sequence begins at 0: the decoder puts the virtual rows before its first token."""
+    return seq.virtual + token if token else 0
