@@ -12,14 +12,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.errors import FormatError, Unsupported
 from veneer.models.checkpoint import shapes
 from veneer.models.config import DecoderConfig
 from veneer.models.families import decoder_config, layout
+from veneer.models.gguf_file import Container
 from veneer.models.rotary import ATTACH
+from veneer.models.tokenizer_import import from_gguf
 
 FAMILY = {
     "llama": "llama",
@@ -77,31 +78,31 @@ class GgufFile:
     """One .gguf file. `config` is a config.json, `shapes` and `read` speak the checkpoint's own names and orientation."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
-        try:
-            self._reader = GGUFReader(str(path))
-        except (ValueError, IndexError, OSError) as error:
-            raise FormatError(f"{path} is not a complete GGUF file: {error}", help="download it again") from error
-        self._path = path
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._file = Container(path)
+        self._tensors = self._file.tensors
         self.arch = str(self._field("general.architecture"))
         if self.arch not in FAMILY:
             raise Unsupported(f"{path} holds a '{self.arch}' model, not one of {', '.join(FAMILY)}", help=ATTACH)
+        if "token_embd.weight" not in self._tensors:
+            raise FormatError(f"{path} has no token embedding", help="is it a whole model, not an adapter or a part?")
         self.family = FAMILY[self.arch]
 
     def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self._file.fields.get(key, default)
 
     def _own(self, key: str, default: Any = None) -> Any:
         return self._field(f"{self.arch}.{key}", default)
+
+    def tokenizer_files(self, folder: Path) -> None:
+        """Write tokenizer.json and its settings, where the file has a tokenizer."""
+        if self._field("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
+            from_gguf(self._file.path, folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json would say."""
         found = {ours: value for ours, key in KEYS.items() if (value := self._own(key)) is not None}
-        found["vocab_size"] = int(self._tensors["token_embd.weight"].shape[1])
+        found["vocab_size"] = int(self._tensors["token_embd.weight"].shape[0])
         found["tie_word_embeddings"] = "output.weight" not in self._tensors
         biased = "blk.0.attn_q.bias" in self._tensors or "blk.0.attn_qkv.bias" in self._tensors
         found |= {"attention_bias": biased, "mlp_bias": "blk.0.ffn_up.bias" in self._tensors}
@@ -131,7 +132,7 @@ class GgufFile:
     def _rope(self, share: float) -> dict[str, Any]:
         """Scaling of rotary positions; llama.cpp stores Llama 3's and LongRoPE's as tensors of divisors."""
         found: dict[str, Any] = {} if share == 1.0 else {"partial_rotary_factor": share}
-        factors = {name: self._dense(name).flatten().tolist() for name in ROPE_FACTORS if name in self._tensors}
+        factors = {name: self._file.dense(name).flatten().tolist() for name in ROPE_FACTORS if name in self._tensors}
         kind, factor = self._own("rope.scaling.type"), self._own("rope.scaling.factor")
         if "rope_freqs.weight" in factors:
             same = factors["rope_freqs.weight"]
@@ -173,7 +174,7 @@ class GgufFile:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape, as in the checkpoint; what has no name there keeps llama.cpp's."""
-        stored = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        stored = {name: record.shape for name, record in self._tensors.items()}
         ours = {name: stored.pop(theirs) for name, theirs in self._names.items()}
         transposed = {name for name, restore in self._restore.items() if restore is transpose}
         ours |= {name: ours[name][::-1] for name in transposed & set(ours)}
@@ -181,14 +182,8 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor in fp32, in the checkpoint's orientation and order."""
-        tensor = self._dense(self._names[name])
+        tensor = self._file.dense(self._names[name])
         return self._restore[name](tensor) if name in self._restore else tensor
-
-    def _dense(self, stored: str) -> Tensor:
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[stored]
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
 
     @cached_property
     def _restore(self) -> dict[str, Callable[[Tensor], Tensor]]:

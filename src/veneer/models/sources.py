@@ -18,7 +18,8 @@ from torch import Tensor
 
 from veneer.errors import FormatError, NotFound, Unsupported, listed
 from veneer.models.catalog import CATALOG, find
-from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import, from_gguf
+from veneer.models.gguf import GgufFile
+from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import
 from veneer.registry import did_you_mean
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -91,25 +92,7 @@ def open_source(path: Path) -> Source:
         return Folder(path)
     if path.suffix != ".gguf":
         raise FormatError(f"{path} is neither a folder nor a .gguf file", help="give the folder that config.json is in")
-    from veneer.models.gguf import GgufFile
-
-    return _Gguf(GgufFile(path), path)
-
-
-class _Gguf:
-    """A .gguf file; its tokenizer is made by transformers from the metadata, once."""
-
-    def __init__(self, file: Any, path: Path) -> None:
-        self._file, self._path = file, path
-        self.config: dict[str, Any] = file.config
-        self.shapes: Mapping[str, tuple[int, ...]] = file.shapes
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.read(name)
-        return tensor
-
-    def tokenizer_files(self, folder: Path) -> None:
-        from_gguf(self._path, folder)
+    return GgufFile(path)
 
 
 class Folder:

@@ -6,6 +6,8 @@ Importing transformers costs seconds, so it happens at conversion only; later st
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -29,22 +31,28 @@ def copy_or_import(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if not (folder / "tokenizer.json").exists() and any((source / name).is_file() for name in SOURCES):
-        _import(source, folder, None)
+        from transformers import AutoTokenizer
+
+        with _quiet():
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
 def from_gguf(path: Path, folder: Path) -> None:
     """The tokenizer, its special tokens and the chat template out of a .gguf file's metadata."""
-    _import(path.parent, folder, path.name)
+    from transformers import PreTrainedTokenizerFast
+
+    with _quiet():
+        PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def _import(source: Path, folder: Path, gguf_file: str | None) -> None:
-    from transformers import AutoTokenizer
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' advice about files that are not there."""
     from transformers.utils import logging
 
     loudness = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, local_files_only=True)
-        tokenizer.save_pretrained(folder)
+        yield
     finally:
         logging.set_verbosity(loudness)
