@@ -1,0 +1,192 @@
+"""The way back from a merged checkpoint, bit for bit.
+
+    W'' = round(W' - delta);  kept: bits(W) - bits(W'') for every weight, mostly zero, and the SHA-256 of W
+
+Floating-point subtraction does not undo addition: merging and unmerging leaves a few per cent of bf16 weights one step off. The
+record holds those steps, a bitmap and small numbers, compressed, under one bit per weight for updates of up to a quarter of the
+weight's size. It also holds the factors of delta, so the way back needs nothing but the merged folder. A tensor whose update is
+not low-rank (DoRA, IA3) is kept whole.
+
+The surprise: the steps are differences of bit patterns, taken as integers. They survive every rounding mode, sign flips included,
+because nothing about them is arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.errors import Conflict, FormatError, NotFound
+from veneer.formats.checkpoint import TensorFile, open_tensors
+from veneer.formats.folder import replace_folder
+from veneer.merge.rounding import blocks, low_rank_rows, rounded, working_dtype
+from veneer.merge.store import Entry, FolderStore, Shard, raw_bytes, write_shards
+
+RECORD = "veneer_unmerge.safetensors"
+NOTE = "veneer_merge.json"
+BITS = {2: torch.int16, 4: torch.int32}
+ESCAPE = -128
+LEVEL = 6
+
+
+def subtracted(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """round(value - left @ right) in value's dtype, in the same blocks as the merge used."""
+    work = working_dtype(value.dtype)
+    rows = low_rank_rows(left.to(work), right.to(work))
+    back = torch.empty_like(value)
+    for start, stop in blocks(value):
+        back[start:stop] = rounded(value[start:stop].to(work) - rows(start, stop), value.dtype)
+    return back
+
+
+def steps(original: Tensor, back: Tensor) -> Tensor:
+    """bits(original) - bits(back) as integers that wrap around, flat."""
+    bits = BITS[original.element_size()]
+    return (original.contiguous().view(bits) - back.view(bits)).reshape(-1)
+
+
+def packed(difference: Tensor) -> dict[str, Tensor]:
+    """Differences as three compressed streams: where they are not zero, the small ones as bytes, the large ones whole."""
+    flat = difference.numpy()
+    where = flat != 0
+    values = flat[where]
+    large = (values <= ESCAPE) | (values > 127)
+    small = np.where(large, ESCAPE, values).astype(np.int8)
+    streams = {"where": np.packbits(where).tobytes(), "small": small.tobytes(), "large": values[large].tobytes()}
+    return {name: _compressed(raw) for name, raw in streams.items()}
+
+
+def unpacked(streams: dict[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `packed`."""
+    kind = {torch.int16: np.int16, torch.int32: np.int32}[dtype]
+    raw = {name: zlib.decompress(bytes(raw_bytes(stream))) for name, stream in streams.items()}
+    where = np.unpackbits(np.frombuffer(raw["where"], np.uint8), count=count).astype(bool)
+    values = np.frombuffer(raw["small"], np.int8).astype(kind)
+    values[values == ESCAPE] = np.frombuffer(raw["large"], kind)
+    flat = np.zeros(count, kind)
+    flat[where] = values
+    return torch.from_numpy(flat)
+
+
+def _compressed(raw: bytes | memoryview) -> Tensor:
+    """The shorter of two zlib streams: matching wins where almost all is zero, plain Huffman codes where little is."""
+    huffman = zlib.compressobj(LEVEL, strategy=zlib.Z_HUFFMAN_ONLY)
+    found = min(zlib.compress(raw, LEVEL), huffman.compress(raw) + huffman.flush(), key=len)
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+@dataclass
+class Recorder:
+    """Collects what the way back needs while a merge runs."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stored_bits: int = 0
+    weights: int = 0
+
+    def add(self, name: str, original: Tensor, value: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
+        """One tensor: `original` became `value`, by left @ right or by something that is not low-rank."""
+        self.facts[name] = {"original": digest(original), "merged": digest(value)}
+        if factors is None:
+            kept = {"whole": _compressed(raw_bytes(original))}
+        else:
+            left, right = factors
+            kept = packed(steps(original, subtracted(value, left, right)))
+            self.tensors |= {f"{name}|left": left.contiguous(), f"{name}|right": right.contiguous()}
+        self.tensors |= {f"{name}|{key}": stream for key, stream in kept.items()}
+        self.stored_bits += 8 * sum(stream.numel() for stream in kept.values())
+        self.weights += original.numel()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Size of the correction, without the factors."""
+        return self.stored_bits / max(1, self.weights)
+
+    def write(self, path: Path) -> None:
+        entries = tuple(Entry(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items())
+        shard = Shard(path.name, entries, {"veneer_unmerge": json.dumps(self.facts)})
+        with path.open("wb") as file:
+            file.write(shard.header())
+            for tensor in self.tensors.values():
+                file.write(raw_bytes(tensor))
+
+
+def unmerge(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write the checkpoint that `folder` was merged from to `out`, bit for bit, or refuse.
+
+    Every restored tensor is checked against the SHA-256 of the original. `folder` must have been merged with `unmergeable=True`.
+    """
+    place, source = Path(out), Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise Conflict(f"{place} is already there", help="choose a new folder, or remove this one")
+    if not (source / RECORD).is_file():
+        raise NotFound(
+            f"{source} has no record of what it was merged from",
+            help="merge with --unmergeable next time; this time use the original base",
+        )
+    record = open_tensors(source / RECORD)
+    facts = _facts(record)
+    model = _Merged(source)
+
+    def produce(name: str) -> Tensor:
+        return model.tensor(name) if name not in facts else _original(name, model.tensor(name), record, facts[name])
+
+    def write(target: Path) -> None:
+        model.copy_words(target)
+        write_shards(target, model.shards(), produce)
+
+    replace_folder(place, frozenset(), write)
+    return place
+
+
+class _Merged(FolderStore):
+    """A merged folder without what the merge added to it."""
+
+    def copy_words(self, folder: Path) -> None:
+        super().copy_words(folder)
+        (folder / NOTE).unlink(missing_ok=True)
+
+
+def _facts(record: TensorFile) -> dict[str, dict[str, str]]:
+    try:
+        found: dict[str, dict[str, str]] = json.loads(record.metadata["veneer_unmerge"])
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{record.path} is not a record of a merge") from error
+    return found
+
+
+def _original(name: str, value: Tensor, record: TensorFile, facts: dict[str, str]) -> Tensor:
+    if digest(value) != facts["merged"]:
+        raise FormatError(
+            f"'{name}' is not what the merge wrote, so there is no way back from it",
+            help="unmerge the folder as it was merged, or use the original base",
+        )
+    if f"{name}|whole" in record.tensors:
+        raw = bytearray(zlib.decompress(bytes(raw_bytes(record.tensor(f"{name}|whole")))))
+        original = torch.frombuffer(raw, dtype=value.dtype).view(value.shape)
+    else:
+        back = subtracted(value, record.tensor(f"{name}|left"), record.tensor(f"{name}|right"))
+        streams = {key: record.tensor(f"{name}|{key}") for key in ("where", "small", "large")}
+        bits = BITS[value.element_size()]
+        original = (
+            (back.view(bits).reshape(-1) + unpacked(streams, back.numel(), bits)).view(value.dtype).view(value.shape)
+        )
+    if digest(original) != facts["original"]:
+        raise FormatError(
+            f"the way back of '{name}' did not give the original bits",
+            help="unmerge on the machine that merged: the product of the factors must round the same way",
+        )
+    return original

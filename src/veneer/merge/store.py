@@ -1,0 +1,268 @@
+"""Checkpoints as merge sees them: named tensors in files that can be written one tensor at a time.
+
+`FolderStore` is a folder of safetensors files as transformers keeps it, shards and index included. `BaseStore` is a base that
+came from elsewhere (a catalogue name, a .gguf file): its native tensors under the names and in the orientation that transformers
+gives them, with config.json and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import NotFound, Unsupported
+from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, open_checkpoint, plain_file, read_json
+from veneer.models.base import Base
+from veneer.models.checkpoint import RENAMED, shapes
+from veneer.models.tokenizer_import import TOKENIZER_FILES
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors in order. `head` is its first bytes where they can be kept as they are."""
+
+    file: str
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    head: bytes | None = None
+
+    def header(self) -> bytes:
+        if self.head is not None:
+            return self.head
+        fields: dict[str, Any] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
+        at = 0
+        for entry in self.entries:
+            offsets = [at, at + entry.nbytes]
+            fields[entry.name] = {"dtype": NAME_OF[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+            at += entry.nbytes
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+class Store(ABC):
+    """A checkpoint to merge into: it is read, never written."""
+
+    name: str
+    config: dict[str, Any]
+
+    @abstractmethod
+    def __contains__(self, name: object, /) -> bool: ...
+
+    @abstractmethod
+    def names(self) -> Sequence[str]: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored; a view of a mapping where that is possible."""
+
+    @abstractmethod
+    def shards(self) -> tuple[Shard, ...]: ...
+
+    @abstractmethod
+    def copy_words(self, folder: Path) -> None:
+        """Write everything that is no weight, config.json included."""
+
+
+class FolderStore(Store):
+    """A folder with config.json and safetensors files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self._checkpoint: Checkpoint = open_checkpoint(path)
+        self.config = read_json(plain_file(path, "config.json"))
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise Unsupported(
+                f"{path} is a quantised checkpoint ({method}): an update would be rounded away on its grid",
+                help="merge into the unquantised checkpoint and quantise the result",
+            )
+
+    def __contains__(self, name: object, /) -> bool:
+        return isinstance(name, str) and name in self._checkpoint
+
+    def names(self) -> Sequence[str]:
+        return list(self._checkpoint)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name)
+
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(_shard(file) for file in self._checkpoint.files)
+
+    def copy_words(self, folder: Path) -> None:
+        for entry in sorted(self.path.iterdir()):
+            weights = entry.suffix in (".safetensors", ".gguf", *PICKLES) or entry.name.endswith(".index.json")
+            if entry.is_file() and not weights and not entry.name.startswith("."):
+                shutil.copyfile(plain_file(self.path, entry.name), folder / entry.name)
+
+
+def _shard(file: TensorFile) -> Shard:
+    order = sorted(file.tensors.items(), key=lambda item: item[1].start)
+    with file.path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        handle.seek(0)
+        head = handle.read(8 + length)
+    return Shard(file.path.name, tuple(Entry(n, DTYPES[i.dtype], i.shape) for n, i in order), file.metadata, head)
+
+
+class BaseStore(Store):
+    """A loaded base, written as the checkpoint that transformers would have."""
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.name = base, base.name
+        dtype = str(base.dtype).removeprefix("torch.")
+        self.config = {k: v for k, v in base.hf_config.items() if k not in ("quantization_config", "torch_dtype")}
+        self.config["dtype"] = dtype
+        if not base.hf_config:
+            raise NotFound(
+                f"the base '{base.name}' has no config.json, so no checkpoint can be written",
+                help="load it from a folder or a .gguf file",
+            )
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return shapes(self.base.config, self.base.layout)
+
+    @cached_property
+    def _native(self) -> dict[str, str]:
+        return {name: native for native, name in self.base.layout.tensors.items()}
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return {part.path: group.kind for group in self.base.layout.groups for part in group.parts}
+
+    def _canonical(self, name: str) -> str:
+        return RENAMED.get(name, name) if self.base.config.family == "gpt_neox" else name
+
+    def _public(self, name: str) -> str:
+        back = {new: old for old, new in RENAMED.items()} if self.base.config.family == "gpt_neox" else {}
+        return back.get(name, name)
+
+    def __contains__(self, name: object, /) -> bool:
+        return isinstance(name, str) and self._canonical(name) in self._shapes
+
+    def names(self) -> Sequence[str]:
+        return [self._public(name) for name in self._shapes]
+
+    def tensor(self, name: str) -> Tensor:
+        name = self._canonical(name)
+        if name in self._native:
+            return self.base.decoder.tensors[self._native[name]]
+        path, _, what = name.rpartition(".")
+        host = self.base.host(path)
+        if what == "bias":
+            assert host.bias is not None
+            return host.bias
+        weight = host.weight()
+        return (weight.t() if self._kinds[path] == "conv1d" else weight).contiguous()
+
+    def shards(self) -> tuple[Shard, ...]:
+        entries = [Entry(self._public(n), self.base.dtype, s) for n, s in self._shapes.items()]
+        files: list[list[Entry]] = [[]]
+        for entry in entries:
+            if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > SHARD_BYTES:
+                files.append([])
+            files[-1].append(entry)
+        if len(files) == 1:
+            return (Shard(SINGLE, tuple(files[0]), {"format": "pt"}),)
+        count = len(files)
+        return tuple(
+            Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(file), {"format": "pt"})
+            for i, file in enumerate(files, 1)
+        )
+
+    def copy_words(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2), "utf-8")
+        if self.base.folder is not None:
+            for name in TOKENIZER_FILES:
+                if (self.base.folder / name).is_file():
+                    shutil.copyfile(self.base.folder / name, folder / name)
+
+
+def with_extra(shards: Sequence[Shard], extra: Sequence[tuple[str, Entry]]) -> tuple[Shard, ...]:
+    """`shards` with further tensors, each in the file that holds the tensor named beside it."""
+    found = []
+    for shard in shards:
+        names = {entry.name for entry in shard.entries}
+        mine = tuple(entry for neighbour, entry in extra if neighbour in names)
+        grown = Shard(shard.file, shard.entries + mine, shard.metadata)
+        found.append(grown if mine else shard)
+    return tuple(found)
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], produce: Callable[[str], Tensor]) -> None:
+    """Write every file, holding one tensor at a time, and the index where there are several."""
+    for shard in shards:
+        with (folder / shard.file).open("wb") as file:
+            file.write(shard.header())
+            for entry in shard.entries:
+                file.write(raw_bytes(produce(entry.name)))
+    if len(shards) > 1 or shards[0].file != SINGLE:
+        entries = [(shard.file, entry) for shard in shards for entry in shard.entries]
+        index = {
+            "metadata": {"total_size": sum(entry.nbytes for _, entry in entries)},
+            "weight_map": {entry.name: file for file, entry in sorted(entries, key=lambda pair: pair[1].name)},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def store_of(base: Base | str | Path) -> BaseStore | FolderStore:
+    """The checkpoint behind a base: its own folder where it is one, else the base itself."""
+    if isinstance(base, Base):
+        folder = _source_folder(base)
+        return BaseStore(base) if folder is None else FolderStore(folder)
+    from veneer.models.load import load_base
+    from veneer.models.sources import locate
+
+    place = locate(str(base))
+    if place.is_dir():
+        return FolderStore(place)
+    return BaseStore(load_base(base))
+
+
+def _source_folder(base: Base) -> Path | None:
+    """The checkpoint folder that `base` was converted from, where it is still there and the same."""
+    if base.folder is None or not (base.folder / "base.json").is_file():
+        return None
+    from veneer.models.convert import converted
+
+    source = Path(read_json(base.folder / "base.json").get("source", ""))
+    if not (source / "config.json").is_file() or not list(source.glob("*.safetensors")):
+        return None
+    return source if converted(source, base.dtype).folder == base.folder else None

@@ -1,0 +1,308 @@
+"""Merging file to file: the value, the rounding, the files, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models.tiny import checkpoint
+from torch import Tensor
+
+from veneer import methods
+from veneer.adapter import Adapter, Part, Provenance
+from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, TargetError, Unsupported
+from veneer.inject import create
+from veneer.merge import merge, unmerge
+from veneer.methods.lora import LoRA
+from veneer.models.bank import Bank
+from veneer.models.base import Base, bound
+from veneer.models.load import load_base
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+
+
+def folder(tmp_path: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    made = checkpoint(name, tmp_path / "base", **changes)
+    if dtype != torch.float32:
+        for file in made.glob("*.safetensors"):
+            save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
+    return made
+
+
+def trained(base: Base, spec: Any, size: float = 0.02) -> Adapter:
+    """An adapter of `spec` that is not at its start any more."""
+    g = torch.Generator().manual_seed(7)
+    fresh = create(base, spec, g, provenance=Provenance(base=base.identity, base_name=base.name))
+    frozen = spec.frozen()
+
+    def moved(part: Part) -> Part:
+        noise = {
+            n: t + size * torch.randn(t.shape, generator=g) if t.is_floating_point() and n not in frozen else t
+            for n, t in part.tensors.items()
+        }
+        return Part(part.kind, part.site, part.target, noise, part.host)
+
+    samples = {t: base.samples(t) for t in fresh.targets if t in base.shape.hosts}
+    provenance = Provenance(base=base.identity, base_name=base.name, base_samples=samples)
+    return Adapter(spec, tuple(moved(p) for p in fresh.parts), provenance)
+
+
+def hf_logits(path: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 33).view(2, 15)).logits
+
+
+def ours(base: Base, adapter: Adapter) -> Tensor:
+    bank = Bank.of((methods.lower(adapter, base),), base.decoder.groups, base.layout.embed_path)
+    with torch.no_grad(), bound(base, bank, 0):
+        return base.logits(torch.arange(3, 33).view(2, 15))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera", "full"])
+def test_the_merged_model_computes_what_the_adapter_does(tmp_path: Path, name: str, kind: str) -> None:
+    base = load_base(folder(tmp_path, name), "float32")
+    adapter = trained(base, methods.parse({"kind": kind} | ({} if kind == "full" else {"rank": 4})))
+    report = merge(base, adapter, tmp_path / "out")
+    assert report.lost < 1e-5
+    assert not report.warnings()
+    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    assert float((got - hf_logits(tmp_path / "base")).norm() / wanted.norm()) > 1e-3
+
+
+def test_ia3_scales_weights_and_biases(tmp_path: Path) -> None:
+    base = load_base(folder(tmp_path, "qwen2"), "float32")
+    adapter = trained(base, methods.parse({"kind": "ia3"}), 0.3)
+    merge(base, adapter, tmp_path / "out")
+    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    assert not torch.equal(
+        tensors(tmp_path / "out")["model.layers.0.self_attn.k_proj.bias"],
+        tensors(tmp_path / "base")["model.layers.0.self_attn.k_proj.bias"],
+    )
+
+
+def test_biases_need_a_place(tmp_path: Path) -> None:
+    spec = methods.parse({"kind": "bitfit", "targets": ["q_proj"]})
+    with_bias = load_base(folder(tmp_path / "a", "qwen2"), "float32")
+    adapter = trained(with_bias, spec)
+    merge(with_bias, adapter, tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    moved = tensors(tmp_path / "out")[name] - tensors(tmp_path / "a" / "base")[name]
+    torch.testing.assert_close(
+        moved, adapter.part("model.layers.0.self_attn.q_proj").tensors["bias"], rtol=0, atol=1e-6
+    )
+    without = load_base(folder(tmp_path / "b", "llama"), "float32")
+    with pytest.raises(TargetError, match="has none there"):
+        merge(without, trained(without, spec), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_rounding_and_an_honest_account_of_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    place = folder(tmp_path, dtype=dtype)
+    adapter = trained(load_base(place, "float32"), LoRA(rank=4), 0.003)
+    report = merge(place, adapter, tmp_path / "out")
+    before, after = tensors(place), tensors(tmp_path / "out")
+    lost = total = 0.0
+    for row in report.tensors:
+        target = row.tensor.removesuffix(".weight")
+        part = adapter.part(target)
+        delta = adapter.scale(target) * part.tensors["B"].double() @ part.tensors["A"].double()
+        error = float((after[row.tensor].double() - before[row.tensor].double() - delta).norm())
+        assert row.lost == pytest.approx(error / float(delta.norm()), rel=1e-3)
+        assert row.relative == pytest.approx(float(delta.norm() / before[row.tensor].double().norm()), rel=1e-4)
+        lost, total = lost + error**2, total + float(delta.norm()) ** 2
+        # one rounding of the exact sum, up to fp32's own last digit at a tie
+        wrong = after[row.tensor] != (before[row.tensor].double() + delta).to(dtype)
+        assert float(wrong.double().mean()) < 1e-3
+    assert report.lost == pytest.approx(math.sqrt(lost / total), rel=1e-3)
+    if dtype == torch.bfloat16:
+        assert "rounding lost more than 5%" in report.warnings()[0]
+
+
+def test_stochastic_rounding_keeps_a_small_update_on_average(tmp_path: Path) -> None:
+    place = folder(tmp_path, dtype=torch.bfloat16)
+    adapter = trained(load_base(place, "float32"), LoRA(rank=4), 0.0003)
+    kept = {}
+    for name, seed in (("nearest", None), ("random", 3), ("again", 3), ("other", 4)):
+        merge(place, adapter, tmp_path / name, stochastic=seed)
+        moved = tensors(tmp_path / name)
+        before = tensors(place)
+        inner = norm = 0.0
+        for target in adapter.targets:
+            delta = adapter.delta(target).double()
+            inner += float(((moved[f"{target}.weight"].double() - before[f"{target}.weight"].double()) * delta).sum())
+            norm += float(delta.square().sum())
+        kept[name] = inner / norm
+    assert kept["random"] == pytest.approx(1, abs=0.15)
+    assert abs(kept["nearest"] - 1) > abs(kept["random"] - 1) or kept["nearest"] < 0.9
+    assert kept["random"] == kept["again"] != kept["other"]
+
+
+def test_the_files_stay_as_they_were(tmp_path: Path) -> None:
+    place = checkpoint("llama", tmp_path / "base", shard_size="60KB")
+    (place / "tokenizer.json").write_text("{}")
+    (place / "notes.md").write_text("mine")
+    (place / "pytorch_model.bin").write_bytes(b"a pickle")
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    adapter = trained(load_base(place, "float32"), LoRA(rank=2, targets=("q_proj",)))
+    merge(place, adapter, tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == set(before) - {"pytorch_model.bin"} | {"veneer_merge.json"}
+    assert len([n for n in names if n.startswith("model-")]) > 2
+    assert (
+        json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+        == json.loads(before["model.safetensors.index.json"])["weight_map"]
+    )
+    old, new = tensors(place), tensors(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {f"{t}.weight" for t in adapter.targets}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_unmerging_is_bitwise_through_many_cycles(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+    place = folder(tmp_path, dtype=dtype)
+    original = (place / "model.safetensors").read_bytes()
+    adapter = trained(load_base(place, "float32"), methods.parse({"kind": kind, "rank": 4}), 0.02)
+    at = place
+    for cycle in range(5):
+        report = merge(at, adapter, tmp_path / f"merged{cycle}", unmergeable=True)
+        at = unmerge(tmp_path / f"merged{cycle}", tmp_path / f"back{cycle}")
+        assert (at / "model.safetensors").read_bytes() == original
+        assert (at / "config.json").read_bytes() == (place / "config.json").read_bytes()
+        assert not (at / "veneer_merge.json").exists()
+    if kind == "lora" and dtype == torch.bfloat16:
+        assert report.unmerge is not None and report.unmerge < 2
+
+
+@pytest.mark.parametrize("ratio", [0.0005, 0.05, 0.25])
+def test_the_correction_takes_less_than_a_bit_per_weight(ratio: float) -> None:
+    from veneer.merge.exact import Recorder
+    from veneer.merge.rounding import low_rank_rows, merged
+
+    g = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(512, 512, generator=g)).bfloat16()
+    left, right = torch.randn(512, 16, generator=g), torch.randn(16, 512, generator=g)
+    left *= ratio * 0.02 / 4
+    recorder = Recorder()
+    recorder.add("w", weight, merged(weight, low_rank_rows(left, right)).value, (left, right))
+    assert recorder.bits_per_weight < 1
+
+
+def test_unmerging_refuses_what_it_cannot_prove(tmp_path: Path) -> None:
+    place = folder(tmp_path)
+    adapter = trained(load_base(place, "float32"), LoRA(rank=2))
+    merge(place, adapter, tmp_path / "plain")
+    with pytest.raises(NotFound, match="no record"):
+        unmerge(tmp_path / "plain", tmp_path / "back")
+    merge(place, adapter, tmp_path / "kept", unmergeable=True)
+    with pytest.raises(Conflict):
+        unmerge(tmp_path / "kept", tmp_path / "plain")
+    found = load_file(tmp_path / "kept" / "model.safetensors")
+    found["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(found, tmp_path / "kept" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="up_proj"):
+        unmerge(tmp_path / "kept", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_tied_head_is_never_changed_by_accident(tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    base = load_base(place, "float32")
+    for target in ("model.embed_tokens", "lm_head"):
+        adapter = trained(base, LoRA(rank=2, targets=(target,)), 0.1)
+        with pytest.raises(TargetError, match="tied") as refusal:
+            merge(place, adapter, tmp_path / "out")
+        assert "--untie" in (refusal.value.help or "")
+        assert not (tmp_path / "out").exists()
+        done = tmp_path / target
+        assert merge(place, adapter, done, untie=True).untied
+        assert json.loads((done / "config.json").read_text())["tie_word_embeddings"] is False
+        got, wanted = hf_logits(done), ours(base, adapter)
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    with pytest.raises(Unsupported, match="stay the same"):
+        merge(place, adapter, tmp_path / "no", untie=True, unmergeable=True)
+
+
+def test_trained_token_rows_serve_both_ends_of_a_tied_table(tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    base = load_base(place, "float32")
+    adapter = trained(base, methods.parse({"kind": "token_rows", "tokens": [5, 9]}), 0.5)
+    merge(place, adapter, tmp_path / "out")
+    before, after = tensors(place), tensors(tmp_path / "out")
+    name = "model.embed_tokens.weight"
+    changed = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
+    assert changed == [5, 9]
+    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_the_wrong_base_is_refused_unless_there_is_a_reason(tmp_path: Path) -> None:
+    right = folder(tmp_path / "a", seed=0)
+    wrong = folder(tmp_path / "b", seed=1)
+    adapter = trained(load_base(right, "float32"), LoRA(rank=2))
+    with pytest.raises(BaseMismatch, match="differ"):
+        merge(wrong, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = merge(wrong, adapter, tmp_path / "out", allow_base_mismatch="a test")
+    assert report.base_check.outcome == "allowed"
+    note = json.loads((tmp_path / "out" / "veneer_merge.json").read_text())
+    assert "a test" in note["base_check"]["detail"]
+    assert merge(right, adapter, tmp_path / "good").base_check.outcome == "equal"
+    bare = Adapter(adapter.spec, adapter.parts)
+    assert merge(right, bare, tmp_path / "bare").base_check.outcome == "unverified"
+
+
+def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
+    place = folder(tmp_path)
+    base = load_base(place, "float32")
+    lora = trained(base, LoRA(rank=2, targets=("q_proj",)))
+    stray = Part("lora", "weight", "model.layers.0.self_attn.q_prj", lora.parts[0].tensors)
+    wide = Part("lora", "weight", "model.layers.0.mlp.up_proj", lora.parts[0].tensors)
+    with pytest.raises(TargetError) as refusal:
+        merge(place, Adapter(lora.spec, (*lora.parts, stray, wide)), tmp_path / "out")
+    assert "q_prj" in str(refusal.value)
+    assert "did you mean 'model.layers.0.self_attn.q_proj'" in str(refusal.value)
+    assert "up_proj" in str(refusal.value)
+    prompt = trained(base, methods.parse({"kind": "bottleneck"}))
+    with pytest.raises(TargetError, match="bottleneck"):
+        merge(place, prompt, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(Conflict, match="already there"):
+        merge(place, lora, tmp_path / "full")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(Unsupported, match="gptq"):
+        merge(place, lora, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_outside_the_table_merges_by_names_and_shapes(tmp_path: Path) -> None:
+    place = tmp_path / "base"
+    place.mkdir()
+    g = torch.Generator().manual_seed(0)
+    weight, extra = torch.randn(6, 4, generator=g), torch.randn(3, generator=g)
+    save_file({"blocks.0.proj.weight": weight, "other": extra}, place / "model.safetensors")
+    (place / "config.json").write_text('{"model_type": "not-a-known-one"}')
+    a, b = torch.randn(2, 4, generator=g), torch.randn(6, 2, generator=g)
+    adapter = Adapter(LoRA(rank=2, alpha=4), (Part("lora", "weight", "blocks.0.proj", {"A": a, "B": b}),))
+    merge(place, adapter, tmp_path / "out")
+    torch.testing.assert_close(tensors(tmp_path / "out")["blocks.0.proj.weight"], weight + 2 * b @ a)
+    assert torch.equal(tensors(tmp_path / "out")["other"], extra)
