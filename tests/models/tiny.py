@@ -6,10 +6,16 @@ saves it.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from veneer.models.base import Base
+from veneer.models.checkpoint import canonical, native_tensors
+from veneer.models.decoder import Decoder
+from veneer.models.families import decoder_config, layout
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -117,3 +123,14 @@ def checkpoint(name: str, folder: Path, *, seed: int = 0, shard_size: str = "5GB
     model = hf_model(name, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def base(name: str = "llama", *, seed: int = 0, **changes: Any) -> tuple[Base, Any]:
+    """A variant as a native base in memory, and the transformers model that its weights are shared with."""
+    model = hf_model(name, seed=seed, **changes)
+    config = decoder_config(json.loads(model.config.to_json_string(use_diff=False)))
+    where = layout(config)
+    stored = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    names = canonical(config, where, {key: tuple(t.shape) for key, t in stored.items()}, name)
+    tensors = dict(native_tensors(config, where, lambda key: stored[names[key]]))
+    return Base(name, Decoder(config, where, tensors)), model
