@@ -1,0 +1,172 @@
+"""What every init obeys, and the facts of science 6 that tell one from another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.laws.world import HIDDEN, fresh, host_of, method, stats_for, unshifted_inits, world
+from veneer.base.host import DenseHost
+from veneer.base.quantized import QUANTISATIONS
+from veneer.errors import ConfigError
+from veneer.inits import INITS, InitStats, needs
+from veneer.inits.data_driven import spread_ranks
+from veneer.inits.loftq import alternate
+from veneer.inits.spectral import randomised_svd
+
+KINDS = ("linear", "biased", "bf16", "conv1d", "nf4")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(INITS))
+def test_training_starts_from_the_base(name: str, kind: str) -> None:
+    """W' = W: bitwise where B or A is zero, to rounding where the start is shifted. LoftQ is nearer to the original instead."""
+    base = world(kind)
+    adapter = fresh(method("lora", init=name), base)
+    stats = stats_for(base)
+    for target in adapter.targets:
+        delta = adapter.delta(target)
+        if name in unshifted_inits():
+            assert torch.equal(delta, torch.zeros_like(delta))
+        elif name == "loftq":
+            held, original = base.host(target).weight().float(), stats[target].weight
+            assert torch.linalg.norm(original - held - delta) < torch.linalg.norm(original - held)
+        else:
+            size = base.host(target).weight().float().abs().max()
+            assert delta.abs().max() <= 1e-5 * size
+            assert adapter.part(target).tensors["B"].abs().sum() > 0
+    again = fresh(method("lora", init=name), base)
+    assert again.digest == adapter.digest, "the same seed gives the same start"
+
+
+def test_another_target_changes_no_start() -> None:
+    few, many = (fresh(method("lora", targets=t), world()) for t in (("q_proj",), ("q_proj", "v_proj")))
+    for target in few.targets:
+        assert torch.equal(few.part(target).tensors["A"], many.part(target).tensors["A"])
+
+
+def test_default_is_uniform_with_variance_one_over_three_n() -> None:
+    host = host_of("linear", 64, 200)
+    a = INITS["default"](host, 50, 1.0, None, generator()).A
+    assert a.abs().max() <= 200**-0.5
+    assert abs(float(a.var()) * 3 * 200 - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["default", "gaussian", "orthogonal"])
+def test_on_an_embedding_a_is_zero_and_b_random(name: str) -> None:
+    factors = INITS[name](host_of("embedding", 16, 40), 4, 1.0, None, generator())
+    assert torch.equal(factors.A, torch.zeros(4, 40))
+    assert 0.5 < float(factors.B.std()) < 1.5
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_pissa_takes_the_top_of_the_spectrum(scale: float) -> None:
+    host = host_of("linear", 24, 18)
+    factors = INITS["pissa"](host, 5, scale, None, generator())
+    sigma = torch.linalg.svdvals(host.weight())
+    rest = host.weight() - scale * factors.B @ factors.A
+    torch.testing.assert_close(torch.linalg.svdvals(rest)[:13], sigma[5:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factors.A @ factors.A.t(), torch.diag(sigma[:5] / scale), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factors.B.t() @ factors.B, torch.diag(sigma[:5] / scale), rtol=1e-4, atol=1e-5)
+
+
+def test_the_randomised_svd_finds_a_decaying_spectrum() -> None:
+    u, v = (torch.linalg.qr(torch.randn(60, 60, generator=generator(i))).Q for i in (1, 2))
+    sigma = torch.arange(1, 61).float() ** -1.5
+    weight = u * sigma @ v.t()
+    left, s, right = randomised_svd(weight, 8, generator())
+    torch.testing.assert_close(s, sigma[:8], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(left * s @ right.t(), u[:, :8] * sigma[:8] @ v.t()[:8], rtol=0, atol=5e-3)
+
+
+def test_olora_is_the_beginning_of_q_r() -> None:
+    factors = INITS["olora"](host_of("linear", 20, 16), 4, 2.0, None, generator())
+    torch.testing.assert_close(factors.B.t() @ factors.B, torch.eye(4), rtol=1e-5, atol=1e-5)
+    assert torch.equal(factors.A, torch.triu(factors.A))
+
+
+def test_eva_takes_orthonormal_directions_of_the_inputs() -> None:
+    base = world()
+    seen = stats_for(base)["model.layers.0.mlp.down_proj"]
+    factors = INITS["eva"](base.host("model.layers.0.mlp.down_proj"), 6, 1.0, seen, generator())
+    torch.testing.assert_close(factors.A @ factors.A.t(), torch.eye(6), rtol=1e-5, atol=1e-5)
+    assert not factors.shifted
+
+
+def test_eva_spreads_the_same_budget() -> None:
+    stats = stats_for(world())
+    ranks = spread_ranks(stats, 4)
+    assert sum(ranks.values()) == 4 * len(stats)
+    assert max(ranks.values()) <= 8
+    assert set(spread_ranks(stats, 4, rho=1.0).values()) == {4}
+
+
+def test_the_first_step_of_lora_ga_follows_the_gradient() -> None:
+    """d(dW) = s^2 sqrt(m) / gamma times the best rank-2r part of G (to first order in the learning rate)."""
+    out, inp, rank, scale = 30, 26, 3, 4.0
+    gradient = torch.randn(out, inp, generator=generator(3))
+    host = DenseHost(host_of("linear", out, inp).weight() * 1e4)  # the clip is out of the way
+    factors = INITS["lora_ga"](host, rank, scale, InitStats(gradient=gradient), generator())
+    a, b, g = factors.A.double(), factors.B.double(), gradient.double()
+    step = scale * (scale * (g @ a.t()) @ a + b @ (scale * (b.t() @ g)))
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    best = u[:, : 2 * rank] * s[: 2 * rank] @ vh[: 2 * rank]
+    torch.testing.assert_close(step, scale**2 * out**0.5 / 16 * best, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_ga_never_shifts_further_than_the_weight() -> None:
+    host = host_of("linear", 30, 26)
+    factors = INITS["lora_ga"](
+        host, 3, 100.0, InitStats(gradient=torch.randn(30, 26, generator=generator())), generator()
+    )
+    assert (100.0 * factors.B @ factors.A).abs().max() <= host.weight().abs().max() * 1.0001
+
+
+def nf4(weight: torch.Tensor) -> torch.Tensor:
+    return QUANTISATIONS["nf4"](weight).dequantise(torch.empty_like(weight))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_loftq_wins_most_on_a_decaying_spectrum(scale: float) -> None:
+    """A smaller version of science 6.4's 1024 x 1024 case, whatever alpha / r is."""
+    u, v = (torch.linalg.qr(torch.randn(256, 256, generator=generator(i))).Q for i in (1, 2))
+    weight = u * torch.arange(1, 257).float() ** -0.7 @ v.t()
+    plain = torch.linalg.norm(weight - nf4(weight)) / torch.linalg.norm(weight)
+    errors = []
+    for steps in (1, 5):
+        base, factors = alternate(weight, nf4, 16, scale, steps)
+        errors.append(torch.linalg.norm(weight - base - scale * factors.B @ factors.A) / torch.linalg.norm(weight))
+    assert errors[1] <= errors[0] < plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "ratio"), [(8, 0.985), (16, 0.970), (64, 0.888)])
+def test_loftqs_published_ratios_on_white_weights(rank: int, ratio: float) -> None:
+    weight = torch.randn(1024, 1024, generator=generator(1))
+    base, factors = alternate(weight, nf4, rank, 1.0, 5)
+    residual = torch.linalg.norm(weight - base - factors.B @ factors.A) / torch.linalg.norm(weight - nf4(weight))
+    assert abs(float(residual) - ratio) < 0.004
+
+
+@pytest.mark.slow
+def test_science_6_on_a_decaying_spectrum() -> None:
+    """sigma_i = i^-0.7, r = 16: NF4 0.1579, LoftQ 0.1511 (1 step) and 0.1427 (5), QPiSSA's residual 0.0746."""
+    u, v = (torch.linalg.qr(torch.randn(1024, 1024, generator=generator(i))).Q for i in (1, 2))
+    weight = u * torch.arange(1, 1025).float() ** -0.7 @ v.t()
+    whole = torch.linalg.norm(weight)
+    assert abs(float(torch.linalg.norm(weight - nf4(weight)) / whole) - 0.1579) < 0.002
+    for steps, expected in ((1, 0.1511), (5, 0.1427)):
+        base, factors = alternate(weight, nf4, 16, 1.0, steps)
+        assert abs(float(torch.linalg.norm(weight - base - factors.B @ factors.A) / whole) - expected) < 0.002
+    rest = weight - u[:, :16] * torch.arange(1, 17).float() ** -0.7 @ v.t()[:16]
+    assert abs(float(torch.linalg.norm(rest - nf4(rest)) / whole) - 0.0746) < 0.002
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(INITS) if needs(n)])
+def test_a_start_from_data_without_data_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"init: {name} needs"):
+        INITS[name](host_of("linear", HIDDEN, HIDDEN), 2, 1.0, None, generator())

@@ -1,0 +1,208 @@
+"""The laws that every method obeys on every kind of host. A new file in `methods/` is under them at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.laws.world import KINDS, carried_out, fresh, inputs, method, own_parts, stirred, world
+from veneer.adapter import Adapter
+from veneer.errors import Unsupported
+from veneer.methods import METHODS, complete, folded, host_at, lower, merged
+from veneer.methods._lowrank import LowRankMethod
+
+WEIGHT = sorted(kind for kind, cls in METHODS.items() if cls.site == "weight")
+REPLACING = sorted(kind for kind, cls in METHODS.items() if cls.site == "override")
+ALL = sorted(METHODS)
+
+
+def on(kind: str, host_kind: str, **fields: object) -> tuple[Adapter, object]:
+    """A fresh adapter of the method on a base of one kind of host, or a skip where it says that it can't."""
+    base = world(host_kind)
+    if host_kind == "embedding":
+        if "targets" not in METHODS[kind].model_fields:
+            pytest.skip("it does not choose its targets")
+        fields = {**fields, "targets": ("model.embed_tokens",)}
+        why = method(kind, **fields).refusal("model.embed_tokens", base.shape.hosts["model.embed_tokens"])
+        if why is not None:
+            pytest.skip(why)
+    return fresh(method(kind, **fields), base), base
+
+
+@pytest.mark.parametrize("host_kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHT)
+def test_a_fresh_adapter_changes_nothing_bitwise(kind: str, host_kind: str) -> None:
+    adapter, base = on(kind, host_kind)
+    lowered = lower(adapter, base)
+    for part in own_parts(adapter):
+        host = base.host(part.target)
+        x = inputs(host)
+        assert torch.equal(carried_out(lowered.weights[part.target], x, host), carried_out((), x, host))
+
+
+@pytest.mark.parametrize("host_kind", ["linear", "biased", "conv1d", "embedding"])
+@pytest.mark.parametrize("kind", REPLACING)
+def test_a_fresh_replacement_is_the_tensor_itself(kind: str, host_kind: str) -> None:
+    adapter, base = on(kind, host_kind)
+    for part in adapter.parts:
+        host = base.host(part.target)
+        weight, bias = merged(adapter, part.target, host)
+        assert torch.equal(weight, host.weight())
+        assert bias is None if host.bias is None else torch.equal(bias, host.bias)
+
+
+@pytest.mark.parametrize("host_kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHT)
+def test_forward_is_lowered_is_merged(kind: str, host_kind: str) -> None:
+    adapter, base = on(kind, host_kind)
+    adapter = stirred(adapter)
+    lowered = lower(adapter, base)
+    tolerance = {"rtol": 2e-2, "atol": 6e-2} if host_kind == "bf16" else {"rtol": 1e-5, "atol": 1e-5}
+    for part in own_parts(adapter):
+        host = base.host(part.target)
+        x = inputs(host)
+        spec = adapter.spec
+        forward = spec.forward(x, complete(adapter, part), host)
+        weight, bias = merged(adapter, part.target, host)
+        if host.shape.kind == "embedding":
+            dense = F.embedding(x, weight.t())
+        else:
+            dense = F.linear(x.float(), weight, None if bias is None else bias.float())
+        torch.testing.assert_close(forward.float(), dense, **tolerance)
+        torch.testing.assert_close(carried_out(lowered.weights[part.target], x, host).float(), dense, **tolerance)
+        assert not torch.equal(dense, host.apply(x).float()), "the law must be tried on an adapter that does something"
+
+
+@pytest.mark.parametrize("host_kind", ["linear", "biased", "conv1d", "embedding"])
+@pytest.mark.parametrize("kind", REPLACING)
+def test_forward_is_merged_for_replacements(kind: str, host_kind: str) -> None:
+    adapter, base = on(kind, host_kind)
+    adapter = stirred(adapter)
+    overrides = lower(adapter, base).overrides
+    for part in adapter.parts:
+        host = base.host(part.target)
+        x = inputs(host)
+        weight, bias = merged(adapter, part.target, host)
+        dense = F.embedding(x, weight.t()) if host.shape.kind == "embedding" else F.linear(x, weight, bias)
+        torch.testing.assert_close(METHODS[part.kind]().forward(x, part, host), dense)
+        override = overrides[f"{part.target}.weight"]
+        stored = weight.t() if host.shape.kind in ("conv1d", "embedding") else weight
+        kept = stored if override.rows is None else stored[override.rows]
+        assert torch.equal(override.value, kept)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_what_is_stored_is_what_was_declared(kind: str) -> None:
+    base = world()
+    adapter = fresh(method(kind), base)
+    count = 0
+    for part in adapter.parts:
+        if part.target is None and part.site == "weight":
+            count += part.num_parameters
+            continue
+        host = host_at(part.site, part.target or "", base)
+        declared = adapter.spec.tensor_shapes(part.target or "", host.shape)
+        assert {name: tuple(t.shape) for name, t in part.tensors.items()} == declared
+        assert adapter.spec.frozen() >= {name for name, t in part.tensors.items() if not t.is_floating_point()}
+        count += sum(torch.Size(size).numel() for size in declared.values())
+    assert adapter.num_parameters == count
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_file_gives_back_the_same_adapter(kind: str, tmp_path: Path) -> None:
+    adapter = stirred(fresh(method(kind), world()))
+    kept = folded(adapter)
+    adapter.save(tmp_path / "a")
+    again = Adapter.load(tmp_path / "a")
+    assert again.digest == kept.digest
+    assert [(p.kind, p.site, p.target, p.host) for p in again.parts] == [
+        (p.kind, p.site, p.target, p.host) for p in kept.parts
+    ]
+    assert type(again.spec) is type(adapter.spec)
+    again.save(tmp_path / "b")
+    for name in sorted(path.name for path in (tmp_path / "a").iterdir()):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_folding_keeps_the_function_and_is_done_once(kind: str) -> None:
+    base = world()
+    adapter = stirred(fresh(method(kind), base))
+    once = folded(adapter)
+    before, after = lower(adapter, base), lower(once, base)
+    assert before.weights.keys() == after.weights.keys()
+    if before.tokens is not None:
+        assert torch.equal(before.tokens.rows, after.tokens.rows)
+    for layer, kv in before.kv.items():
+        assert torch.equal(kv.key, after.kv[layer].key) and torch.equal(kv.value, after.kv[layer].value)
+    assert folded(once).digest == once.digest
+
+
+@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if issubclass(cls, LowRankMethod)))
+def test_scaled_multiplies_the_scale_exactly(kind: str) -> None:
+    base = world()
+    adapter = fresh(method(kind, alpha_pattern={"down_proj": 7.0}), base)
+    half = adapter.scaled(0.5)
+    for target in adapter.targets:
+        assert half.scale(target) == 0.5 * adapter.scale(target)
+    if kind == "lora":
+        moved = stirred(adapter)
+        for target in moved.targets:
+            torch.testing.assert_close(moved.scaled(0.5).delta(target), 0.5 * moved.delta(target))
+
+
+@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if not issubclass(cls, LowRankMethod)))
+def test_a_method_without_a_scale_says_so(kind: str) -> None:
+    adapter = fresh(method(kind), world())
+    with pytest.raises(Unsupported, match="cannot be scaled"):
+        adapter.scaled(0.5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_what_cannot_be_merged_says_why(kind: str) -> None:
+    base = world()
+    adapter = fresh(method(kind), base)
+    if adapter.spec.site in ("weight", "override"):
+        return
+    part = adapter.parts[0]
+    with pytest.raises(Unsupported, match=f"{kind} cannot be merged into a weight: "):
+        adapter.spec.merged(part, host_at(part.site, part.target or "", base))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_training_tensors_get_gradients_and_the_base_gets_none(kind: str) -> None:
+    base = world()
+    adapter = stirred(fresh(method(kind), base))
+    frozen = adapter.spec.frozen()
+    leaves = {}
+    parts = []
+    for i, part in enumerate(adapter.parts):
+        tensors = {}
+        for name, tensor in part.tensors.items():
+            trained = name not in frozen and tensor.is_floating_point()
+            tensors[name] = tensor.clone().requires_grad_(trained)
+            if trained:
+                leaves[i, name] = tensors[name]
+        parts.append(replace(part, tensors=tensors))
+    weights = {path: host.weight().clone() for path, host in base.hosts.items()}
+    lowered = lower(replace(adapter, parts=tuple(parts)), base)
+    total = torch.zeros(())
+    for target, primitives in lowered.weights.items():
+        total = total + carried_out(primitives, inputs(base.host(target)), base.host(target)).sin().sum()
+    for many in (lowered.overrides.values(), lowered.kv.values(), (n for b in lowered.sublayers.values() for n in b)):
+        for one in many:
+            for value in vars(one).values():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    total = total + value.sin().sum()
+    if lowered.tokens is not None:
+        total = total + lowered.tokens.rows.sin().sum()
+    total.backward()
+    assert leaves
+    for at, leaf in leaves.items():
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0, at
+    for path, host in base.hosts.items():
+        assert torch.equal(host.weight(), weights[path]) and not host.weight().requires_grad
