@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.base.host import DenseHost, Host
+from veneer.base.quantized import QuantizedFrozen, QuantizedHost
 from veneer.errors import ConfigError, NotFound, TargetError, Unsupported
 from veneer.models.bank import EMPTY, Bank, spans_of
 from veneer.models.config import DecoderConfig, GroupSpec, Layout, PartSpec
@@ -58,6 +59,7 @@ class Base:
     config     the decoder's shape; `hf_config` is the checkpoint's own config.json
     decoder    the frozen forward pass
     folder     where its converted files are, or None for a base made in memory
+    quantize   format of its projections ("nf4", "int8", ...), or None
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Base:
         samples: Mapping[str, tuple[float, ...]] | None = None,
         hf_config: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.name, self.identity, self.folder, self.decoder = name, identity, folder, decoder
+        self.quantize = quantize
         self.hf_config: Mapping[str, Any] = {} if hf_config is None else hf_config
         self.config: DecoderConfig = decoder.config
         self.layout: Layout = decoder.layout
@@ -94,8 +98,15 @@ class Base:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the weights as they are held."""
-        tensors = sum(t.numel() * t.element_size() for t in self.decoder.tensors.values())
-        return tensors
+        packed = [g.frozen.nbytes for g in self.decoder.groups.values() if isinstance(g.frozen, QuantizedFrozen)]
+        return sum(packed) + sum(t.numel() * t.element_size() for t in self.decoder.tensors.values())
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Numbers in the checkpoint; a tied head counts once."""
+        held = {spec.name for spec in self.layout.groups}
+        small = sum(t.numel() for name, t in self.decoder.tensors.items() if name not in held)
+        return small + sum(spec.in_features * spec.out_features for spec in self.layout.groups)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -131,8 +142,10 @@ class Base:
         spec, part = self._parts[target]
         group = self.decoder.groups[spec.name]
         bias = None if group.bias is None else group.bias[part.start : part.stop]
+        if isinstance(group.frozen, QuantizedFrozen):
+            return QuantizedHost(group.frozen.parts[spec.parts.index(part)], self.dtype, bias, kind=spec.kind)
         if not isinstance(group.frozen, DenseFrozen):
-            raise Unsupported(f"'{target}' is held in a format without a dense view")
+            raise Unsupported(f"'{target}' is held as {type(group.frozen).__name__}, which gives no view of its parts")
         rows = group.frozen.weight[part.start : part.stop]
         return DenseHost(rows.t(), bias, kind="conv1d") if spec.kind == "conv1d" else DenseHost(rows, bias)
 
