@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.laws.world import KINDS, World, carried_out, fresh, inputs, method, own_parts, stirred, world
 from torch.nn import functional as F
 
-from tests.laws.world import KINDS, carried_out, fresh, inputs, method, own_parts, stirred, world
 from veneer.adapter import Adapter
 from veneer.errors import Unsupported
 from veneer.methods import METHODS, complete, folded, host_at, lower, merged
 from veneer.methods._lowrank import LowRankMethod
+from veneer.types import Lowered
 
 WEIGHT = sorted(kind for kind, cls in METHODS.items() if cls.site == "weight")
 REPLACING = sorted(kind for kind, cls in METHODS.items() if cls.site == "override")
 ALL = sorted(METHODS)
 
 
-def on(kind: str, host_kind: str, **fields: object) -> tuple[Adapter, object]:
+def on(kind: str, host_kind: str, **fields: object) -> tuple[Adapter, World]:
     """A fresh adapter of the method on a base of one kind of host, or a skip where it says that it can't."""
     base = world(host_kind)
     if host_kind == "embedding":
@@ -173,36 +174,42 @@ def test_what_cannot_be_merged_says_why(kind: str) -> None:
         adapter.spec.merged(part, host_at(part.site, part.target or "", base))
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_training_tensors_get_gradients_and_the_base_gets_none(kind: str) -> None:
-    base = world()
-    adapter = stirred(fresh(method(kind), base))
-    frozen = adapter.spec.frozen()
-    leaves = {}
+def trainable(adapter: Adapter) -> tuple[Adapter, dict[str, torch.Tensor]]:
+    """The adapter on leaves that collect gradients, and the leaves by name."""
+    leaves: dict[str, torch.Tensor] = {}
     parts = []
-    for i, part in enumerate(adapter.parts):
+    for part in adapter.parts:
         tensors = {}
         for name, tensor in part.tensors.items():
-            trained = name not in frozen and tensor.is_floating_point()
+            trained = name not in adapter.spec.frozen() and tensor.is_floating_point()
             tensors[name] = tensor.clone().requires_grad_(trained)
             if trained:
-                leaves[i, name] = tensors[name]
+                leaves[f"{part.target} {name}"] = tensors[name]
         parts.append(replace(part, tensors=tensors))
-    weights = {path: host.weight().clone() for path, host in base.hosts.items()}
-    lowered = lower(replace(adapter, parts=tuple(parts)), base)
+    return replace(adapter, parts=tuple(parts)), leaves
+
+
+def something_of(lowered: Lowered, base: World) -> torch.Tensor:
+    """A number that depends on every tensor in every primitive."""
     total = torch.zeros(())
     for target, primitives in lowered.weights.items():
         total = total + carried_out(primitives, inputs(base.host(target)), base.host(target)).sin().sum()
-    for many in (lowered.overrides.values(), lowered.kv.values(), (n for b in lowered.sublayers.values() for n in b)):
-        for one in many:
-            for value in vars(one).values():
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    total = total + value.sin().sum()
-    if lowered.tokens is not None:
-        total = total + lowered.tokens.rows.sin().sum()
-    total.backward()
+    loose = [*lowered.overrides.values(), *lowered.kv.values(), *(n for b in lowered.sublayers.values() for n in b)]
+    loose += [] if lowered.tokens is None else [lowered.tokens]
+    for primitive in loose:
+        tensors = [v for v in vars(primitive).values() if isinstance(v, torch.Tensor) and v.requires_grad]
+        total = total + sum(t.sin().sum() for t in tensors)
+    return total
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_training_tensors_get_gradients_and_the_base_gets_none(kind: str) -> None:
+    base = world()
+    adapter, leaves = trainable(stirred(fresh(method(kind), base)))
+    before = {path: host.weight().clone() for path, host in base.hosts.items()}
+    something_of(lower(adapter, base), base).backward()
     assert leaves
-    for at, leaf in leaves.items():
-        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0, at
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0, name
     for path, host in base.hosts.items():
-        assert torch.equal(host.weight(), weights[path]) and not host.weight().requires_grad
+        assert torch.equal(host.weight(), before[path]) and not host.weight().requires_grad
