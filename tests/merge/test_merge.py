@@ -16,8 +16,8 @@ from torch import Tensor
 from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, TargetError, Unsupported
-from veneer.inject import create
-from veneer.merge import merge, unmerge
+from veneer.inject import attach, create
+from veneer.merge import agreement, merge, unmerge
 from veneer.methods.lora import LoRA
 from veneer.models.bank import Bank
 from veneer.models.base import Base, bound
@@ -64,6 +64,20 @@ def hf_logits(path: Path) -> Tensor:
         return model(torch.arange(3, 33).view(2, 15)).logits
 
 
+def by_definition(path: Path, adapter: Adapter) -> Tensor:
+    """What each method's own `forward` gives on the transformers model; replaced tensors are simply put there."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if adapter.spec.kind == "full":
+        own = {f"{p.target}.{name}": t for p in adapter.parts for name, t in p.tensors.items()}
+        assert not model.load_state_dict(own, strict=False).unexpected_keys
+    else:
+        attach(model, adapter)
+    with torch.no_grad():
+        return model(torch.arange(3, 33).view(2, 15)).logits
+
+
 def ours(base: Base, adapter: Adapter) -> Tensor:
     bank = Bank.of((methods.lower(adapter, base),), base.decoder.groups, base.layout.embed_path)
     with torch.no_grad(), bound(base, bank, 0):
@@ -78,9 +92,24 @@ def test_the_merged_model_computes_what_the_adapter_does(tmp_path: Path, name: s
     report = merge(base, adapter, tmp_path / "out")
     assert report.lost < 1e-5
     assert not report.warnings()
-    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    got = hf_logits(tmp_path / "out")
+    wanted = ours(base, adapter) if kind == "vera" else by_definition(tmp_path / "base", adapter)
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
     assert float((got - hf_logits(tmp_path / "base")).norm() / wanted.norm()) > 1e-3
+
+
+def test_merged_and_attached_agree_on_probes(tmp_path: Path) -> None:
+    place = folder(tmp_path, dtype=torch.bfloat16)
+    base = load_base(place, "float32")
+    adapter = trained(base, LoRA(rank=4))
+    merge(place, adapter, tmp_path / "bf16")
+    rounded = agreement(base, adapter, tmp_path / "bf16")
+    assert 0 < rounded.kl < 0.01
+    assert rounded.kl <= rounded.worst_kl
+    assert rounded.top1 > 0.9
+    assert rounded.tokens == 128
+    other = agreement(base, adapter, place, [[1, 2, 3, 4, 5]])
+    assert other.kl > 10 * rounded.kl
 
 
 def test_ia3_scales_weights_and_biases(tmp_path: Path) -> None:
@@ -292,6 +321,20 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="gptq"):
         merge(place, lora, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_a_base_without_a_folder_becomes_a_plain_checkpoint(tmp_path: Path, name: str) -> None:
+    loaded = load_base(folder(tmp_path, name), "float32")
+    base = Base("somewhere", loaded.decoder, loaded.identity, loaded._samples, loaded.hf_config)
+    adapter = trained(loaded, LoRA(rank=2))
+    report = merge(base, adapter, tmp_path / "out")
+    assert report.base_check.outcome == "equal"
+    got, wanted = hf_logits(tmp_path / "out"), by_definition(tmp_path / "base", adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    assert set(tensors(tmp_path / "out")) == set(tensors(tmp_path / "base"))
+    with pytest.raises(NotFound, match=r"no config\.json"):
+        merge(Base("bare", loaded.decoder), adapter, tmp_path / "no")
 
 
 def test_a_family_outside_the_table_merges_by_names_and_shapes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Merging adapters into checkpoints, file to file, and back."""
 
+from veneer.merge.check import Agreement, agreement
 from veneer.merge.exact import unmerge
 from veneer.merge.file import Fidelity, MergeReport, merge
 
-__all__ = ["Fidelity", "MergeReport", "merge", "unmerge"]
+__all__ = ["Agreement", "Fidelity", "MergeReport", "agreement", "merge", "unmerge"]
