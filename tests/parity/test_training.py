@@ -31,7 +31,7 @@ def ours(base: Base, dataset: Dataset, spec: LoRA, config: TrainConfig, folder: 
     adapter = create(base, spec, torch.Generator().manual_seed(1))
     adapter.save(folder)
     parameters = FlatParameters(adapter, torch.device("cpu"))
-    schedule, _ = plan_schedule(base, dataset, config, spec)
+    schedule = plan_schedule(dataset, config, config.tokens_per_pass)
     optimizer = OPTIMIZERS["adamw"](parameters, config)
     run = Run(base, parameters, optimizer, dataset, schedule, config, Cursor())
     events = fit(run, lambda run: (None, None), lambda run, best: None)

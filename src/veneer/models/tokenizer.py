@@ -6,6 +6,7 @@ token that the chat template puts after an assistant's message.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -59,10 +60,24 @@ class Tokenizer:
         """`encode` for many texts, in parallel."""
         return [encoding.ids for encoding in self._fast.encode_batch(list(texts), add_special_tokens=special)]
 
-    def offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the characters `[start, stop)` of `text` that it stands for."""
-        encoding = self._fast.encode(text, add_special_tokens=special)
-        return encoding.ids, encoding.offsets
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as `encode(text)`, and for each the characters `[start, stop)` it stands for, leading spaces included.
+
+        Tokens that share one character (its bytes are split between them) have the same offsets.
+        """
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        exact: list[tuple[int, int]] = []
+        reached = 0
+        for start, stop in encoding.offsets:
+            exact.append((min(start, reached), stop))
+            reached = max(reached, stop)
+        return encoding.ids, exact
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides which tokens a text becomes."""
+        decisive = json.dumps([self._fast.to_str(), self.template, self.special_tokens], sort_keys=True)
+        return hashlib.sha256(decisive.encode()).hexdigest()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`."""

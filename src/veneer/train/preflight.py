@@ -6,18 +6,17 @@ from veneer.data import Dataset, Statistics, statistics
 from veneer.inject.targets import select
 from veneer.methods import Method
 from veneer.models.base import Base
-from veneer.train.config import TrainConfig
 from veneer.train.events import Preflight
 from veneer.train.loop import Run
+from veneer.train.memory import Fit
 
 
 def preflight(
     base: Base,
     spec: Method,
-    config: TrainConfig,
     dataset: Dataset,
     run: Run,
-    tokens_per_pass: int,
+    sizes: Fit,
     notes: tuple[str, ...],
 ) -> Preflight:
     """Parameters, bytes by category, steps, label share, and warnings with reasons."""
@@ -31,18 +30,12 @@ def preflight(
         trained_parameters=run.parameters.count,
         base_parameters=base.num_parameters,
         dtype=str(base.dtype).removeprefix("torch."),
-        tokens_per_pass=tokens_per_pass,
+        tokens_per_pass=sizes.tokens_per_pass,
         recomputed_blocks=run.recompute,
         targets=tuple((m.entry, f"{len(m.targets)} layers", m.parameters) for m in table),
-        memory=predicted_bytes(base, run, tokens_per_pass),
+        memory=sizes.estimate.bytes,
         warnings=(*notes, *counted.warnings(), *_warnings(counted, run)),
     )
-
-
-def predicted_bytes(base: Base, run: Run, tokens_per_pass: int) -> dict[str, int]:
-    """Bytes of the base's weights, the adapter, its gradients and its moments."""
-    count = run.parameters.count
-    return {"base": base.nbytes, "adapter": 4 * count, "gradients": 4 * count, "moments": 8 * count}
 
 
 def _warnings(counted: Statistics, run: Run) -> list[str]:

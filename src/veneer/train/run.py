@@ -32,14 +32,14 @@ from veneer.errors import Conflict, ResourceError
 from veneer.evaluate.loss import row_losses
 from veneer.inject.create import create
 from veneer.methods import Method
-from veneer.methods._lowrank import LowRankMethod
 from veneer.models.bank import Dropout
 from veneer.models.base import Base
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
 from veneer.train.events import Evaluation, Event, Preflight, Step
-from veneer.train.loop import Run, Schedule, fit
+from veneer.train.loop import Run, fit
+from veneer.train.memory import Fit, dropout_of, fit_memory
 from veneer.train.optim import OPTIMIZERS, FlatParameters
 from veneer.train.preflight import preflight
 from veneer.train.schedule import plan_schedule
@@ -76,13 +76,13 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     saved = folder / "checkpoint"
     if not resume and ((folder / "adapter").exists() or checkpoint.exists(saved)):
         raise Conflict(f"{folder} already holds a run", help="go on with --resume, or choose another --out")
-    schedule, tokens_per_pass = plan_schedule(base, task.dataset, task.config, task.spec)
-    run, generators = _prepare(base, task, schedule)
+    sizes = fit_memory(base, task.spec, task.config, task.dataset)
+    run, generators = _prepare(base, task, sizes)
     mark = fingerprint(base, task)
     if resume and checkpoint.exists(saved):
         run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark)
     run.cursor.fingerprint = mark
-    ready = preflight(base, task.spec, task.config, task.dataset, run, tokens_per_pass, task.notes)
+    ready = preflight(base, task.spec, task.dataset, run, sizes, task.notes)
     yield ready
     writer = _Writer(folder, base, task, generators)
     writer.begin(run, ready)
@@ -92,7 +92,7 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     writer.end(run)
 
 
-def _prepare(base: Base, task: Task, schedule: Schedule) -> tuple[Run, dict[str, torch.Generator]]:
+def _prepare(base: Base, task: Task, sizes: Fit) -> tuple[Run, dict[str, torch.Generator]]:
     """The run at its start. The seed covers the adapter's init, dropout and, by the schedule, the order of the data."""
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
@@ -101,10 +101,10 @@ def _prepare(base: Base, task: Task, schedule: Schedule) -> tuple[Run, dict[str,
     adapter = create(base, spec, generators["init"], stats=task.stats, provenance=provenance(base, task))
     parameters = FlatParameters(adapter, base.decoder.device)
     optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config)
-    rate = task.spec.dropout if isinstance(task.spec, LowRankMethod) else 0.0
+    rate = dropout_of(task.spec)
     dropout = Dropout(rate, generators["dropout"]) if rate else None
-    recompute = base.config.layers if task.config.recompute == "all" and not rate else 0
-    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, recompute)
+    schedule = plan_schedule(task.dataset, task.config, sizes.tokens_per_pass)
+    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, sizes.recompute)
     return run, generators
 
 
