@@ -43,17 +43,12 @@ def facts_of(staged: Staged, base: KnownBase | None, verdict: Verdict | None) ->
     }
 
 
-def extra_of(
-    adapter: Adapter, verdict: Verdict | None, run: Mapping[str, Any], metrics: Mapping[str, float], note: str
-) -> dict[str, Any]:
-    """What the manifest says besides: it is read by `show`, and when a catalogue is made again."""
+def story_of(adapter: Adapter, verdict: Verdict | None) -> dict[str, Any]:
+    """What the manifest says besides: it is read by `show`."""
     return {
         "spec": {"kind": adapter.spec.kind, **adapter.spec.model_dump(mode="json")},
         "provenance": provenance_of(adapter),
         "belonging": None if verdict is None else {"outcome": verdict.outcome, "detail": verdict.detail},
-        "run": dict(run),
-        "metrics": dict(metrics),
-        "note": note,
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import Connection, func, select
 
@@ -19,7 +20,7 @@ from veneer.library import queries
 from veneer.library import tables as t
 from veneer.library.blobs import Blobs
 from veneer.library.gate import Demand, failures
-from veneer.library.manifest import FORMAT, seal
+from veneer.library.manifest import State, seal
 from veneer.library.records import Alias, Move, Version
 from veneer.library.resolve import DEFAULT, check_alias
 
@@ -111,16 +112,14 @@ def write_state(blobs: Blobs, connection: Connection, name: str) -> None:
 
 def state_of(connection: Connection, name: str) -> bytes:
     """The sealed state record of a name."""
-    state = {
-        "format": FORMAT,
-        "name": name,
-        "next": connection.execute(select(t.names.c.next).where(t.names.c.name == name)).scalar() or 1,
-    }
+    following = connection.execute(select(t.names.c.next).where(t.names.c.name == name)).scalar()
+    rows: dict[str, list[dict[str, Any]]] = {}
     for table in (t.aliases, t.demands, t.moves):
+        columns = [column for column in table.c if column.name != "name"]
         order = [*([t.moves.c.number.desc()] if table is t.moves else []), *table.primary_key.columns]
-        query = select(table).where(table.c.name == name).order_by(*order).limit(REMEMBERED)
-        state[table.name] = [dict(row._mapping) for row in connection.execute(query)]
-    return seal(state)
+        query = select(*columns).where(table.c.name == name).order_by(*order).limit(REMEMBERED)
+        rows[table.name] = [dict(row._mapping) for row in connection.execute(query)]
+    return seal(State.model_validate({"name": name, "next": following or 1, **rows}))
 
 
 def _weight(connection: Connection, name: str, alias: str, weight: float | None, current: Alias | None) -> float:

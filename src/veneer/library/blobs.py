@@ -226,10 +226,10 @@ def open_regular(path: Path) -> Any:
                 f"{path} is a symbolic link",
                 help="give the library the files themselves: cp -rL SOURCE COPY, then add COPY",
             ) from error
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+        raise FormatError(f"{path} cannot be read: {error.strerror}", help="check its owner and mode") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise FormatError(f"{path} is not a regular file")
+        raise FormatError(f"{path} is not a regular file", help="an adapter's files are plain files")
     return os.fdopen(handle, "rb")
 
 

@@ -25,12 +25,12 @@ from veneer.errors import ConfigError, Conflict, NotFound, listed
 from veneer.library import aliases as alias_moves
 from veneer.library import queries, upkeep
 from veneer.library import tables as t
-from veneer.library.admission import belonging, check_parents, extra_of, facts_of, unchanged
+from veneer.library.admission import belonging, check_parents, facts_of, story_of, unchanged
 from veneer.library.blobs import writing
 from veneer.library.catalogue import Catalogue
 from veneer.library.difference import Difference, difference
 from veneer.library.gate import Demand, check_metrics
-from veneer.library.manifest import FORMAT, describe, read_manifest, seal, version_of
+from veneer.library.manifest import FileRecord, Manifest, Measured, seal, unseal
 from veneer.library.place import find_place
 from veneer.library.records import Added, Alias, Collected, File, Move, Rebuilt, Record, Removed, Verified, Version
 from veneer.library.resolve import Reference, check_name, parse_reference
@@ -73,24 +73,19 @@ class Library:
         references in this library, besides those the adapter names itself. An adapter that is there already keeps its version.
         """
         check_name(name)
-        check_metrics(metrics or {})
+        measured = check_metrics(metrics or {})
         ancestors = [parse_reference(parent) for parent in parents]
         with self._place.blobs.staging() as folder:
             found = written(source, folder) if isinstance(source, Adapter) else recognise(Path(source), folder, loralib)
             staged = stage(found, self._place.blobs, folder)
             verdict = belonging(staged.adapter, base, allow_base_mismatch)
             facts = {"name": name, **facts_of(staged, base, verdict), "created": self._at(), "source": found.kind}
-            measured = {**found.metrics, **check_metrics(metrics or {})}
-            extra = extra_of(staged.adapter, verdict, found.facts, measured, note)
-            return self._commit(staged, facts, extra, ancestors, found.notes)
+            facts |= story_of(staged.adapter, verdict)
+            facts |= {"run": found.facts, "metrics": {**found.metrics, **measured}, "note": note}
+            return self._commit(staged, facts, ancestors, found.notes)
 
     def _commit(
-        self,
-        staged: Staged,
-        facts: dict[str, Any],
-        extra: dict[str, Any],
-        ancestors: Sequence[Reference],
-        notes: tuple[str, ...],
+        self, staged: Staged, facts: dict[str, Any], ancestors: Sequence[Reference], notes: tuple[str, ...]
     ) -> Added:
         blobs, catalogue = self._place.blobs, self._catalogue(create=True)
         if not blobs.is_local:
@@ -103,12 +98,13 @@ class Library:
                 self._heal(connection, there, staged)
                 return Added(there, False, (*unchanged(there, facts), *notes))
             number = queries.next_version(connection, facts["name"])
-            manifest = describe({**facts, "version": number}, staged.files, {**extra, "parents": lineage})
+            listed = tuple(FileRecord(path=f.path, blob=f.blob, bytes=f.bytes) for f in staged.files)
+            manifest = Manifest(**facts, version=number, files=listed, parents=tuple(lineage))
             content = seal(manifest)
-            version = version_of(manifest, content)
+            version = manifest.describes(content)
             _publish(self, staged)  # after a slow upload gc may have come, so this looks again
             blobs.write(blobs.path("manifests", version.name, f"{number}.json"), content)
-            queries.insert_version(connection, version, staged.files, lineage, extra["metrics"])
+            queries.insert_version(connection, version, staged.files, lineage, manifest.metrics)
             queries.set_next_version(connection, version.name, number + 1)
         return Added(version, True, notes)
 
@@ -129,7 +125,7 @@ class Library:
             queries.put_metrics(connection, version, values)
             every = queries.metrics(connection, version)
             path = blobs.path("manifests", version.name, f"{version.version}.metrics.json")
-            blobs.write(path, seal({"format": FORMAT, "metrics": every}))
+            blobs.write(path, seal(Measured(metrics=every)))
         return every
 
     # Asking
@@ -173,10 +169,10 @@ class Library:
             pointing = tuple(a for a in queries.aliases(connection, version.name) if a.version == version.version)
             metrics = queries.metrics(connection, version)
         path = self._place.blobs.path("manifests", version.name, f"{version.version}.json")
-        _, manifest = read_manifest(self._place.blobs.read(path), path)
-        told = {key: manifest.get(key) for key in ("belonging", "run", "note")}
-        provenance = {**manifest["provenance"], **{key: value for key, value in told.items() if value}}
-        return Record(version, files, manifest["spec"], provenance, parents, children, pointing, metrics)
+        manifest = unseal(Manifest, self._place.blobs.read(path), path)
+        told = {"belonging": manifest.belonging, "run": manifest.run, "note": manifest.note}
+        provenance = {**manifest.provenance, **{key: value for key, value in told.items() if value}}
+        return Record(version, files, manifest.spec, provenance, parents, children, pointing, metrics)
 
     def aliases(self, name: str | None = None) -> tuple[Alias, ...]:
         """The aliases of one name, or of all."""
@@ -200,7 +196,7 @@ class Library:
     # Reading
 
     def load(self, version: Version | str) -> Adapter:
-        """The adapter itself, every byte checked; its tensors are mapped from the blob where the library is local."""
+        """The adapter itself, every byte checked. A local library links the files, a remote one downloads them."""
         files = self._adapter_files(version)
         with self._place.blobs.staging() as folder:
             for path, blob in files:

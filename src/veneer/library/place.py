@@ -37,7 +37,7 @@ class Place:
             self._missing(create)
             return self.build(path)
         catalogue = Catalogue(self.database)
-        if path is None and not _has_schema(catalogue):
+        if not _has_schema(catalogue):
             self._missing(create)
         catalogue.upgrade()
         return catalogue

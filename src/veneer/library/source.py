@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapter import Adapter
-from veneer.errors import FormatError, NotFound
+from veneer.errors import FormatError, NotFound, VeneerError
 from veneer.library.blobs import Blobs, digest_of, open_regular, sync
 from veneer.library.manifest import LARGEST
 from veneer.library.records import File
@@ -42,6 +42,7 @@ class Source:
     """Where the files of a new version come from: path inside the version -> file."""
 
     kind: str
+    place: Path
     files: Mapping[str, Path]
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -84,15 +85,26 @@ def stage(source: Source, blobs: Blobs, folder: Path) -> Staged:
         blobs.copy_in(original, paths[name])
     for name in paths:
         if not name.endswith(".safetensors") and paths[name].stat().st_size > LARGEST:
-            raise FormatError(f"{source.files[name]} has more than {LARGEST} bytes")
+            raise FormatError(
+                f"{source.files[name]} has more than {LARGEST} bytes", help="no description of an adapter is that large"
+            )
     with ThreadPoolExecutor(3) as pool:
         loaded = pool.submit(_load, folder / "copy")
         flushed = pool.submit(_flush, list(paths.values()))
         digests = {name: digest_of(path) for name, path in paths.items()}
-        adapter = loaded.result()
         flushed.result()
+        try:
+            adapter = loaded.result()
+        except VeneerError as error:
+            raise _about(error, folder / "copy", source.place) from error
     files = tuple(File(name, digests[name], path.stat().st_size) for name, path in sorted(paths.items()))
     return Staged(files, paths, adapter)
+
+
+def _about(error: VeneerError, copy: Path, original: Path) -> VeneerError:
+    """The same error about the file that the user knows, with a way out."""
+    again = "fetch or save the adapter again; the library is as it was"
+    return type(error)(error.message.replace(str(copy), str(original)), help=error.help or again)
 
 
 def _flush(paths: Sequence[Path]) -> None:
@@ -112,7 +124,7 @@ def _folder(path: Path, kind: str, below: Path | None = None) -> Source:
     files = {name: _plain(path / name) for name in KEPT if _exists(path / name)}
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in KEPT) if below is None else []
     notes = (f"not part of an adapter, left out: {', '.join(others[:8])}",) if others else ()
-    return Source(kind, files, notes=notes)
+    return Source(kind, path, files, notes=notes)
 
 
 def _run(path: Path) -> Source:
@@ -120,7 +132,7 @@ def _run(path: Path) -> Source:
     files = dict(inner.files)
     files.update({f"run/{name}": path / name for name in KEPT_OF_RUN if _exists(path / name)})
     facts = _json_object(path / "provenance.json") if "run/provenance.json" in files else {}
-    return Source("run", files, _best_metrics(path / "metrics.jsonl"), facts)
+    return Source("run", inner.place, files, _best_metrics(path / "metrics.jsonl"), facts)
 
 
 def _loralib(path: Path, scratch: Path, loralib: Loralib | None) -> Source:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import Connection, select, update
 
@@ -15,13 +14,11 @@ from veneer.errors import FormatError, NotFound, VeneerError
 from veneer.library import queries
 from veneer.library import tables as t
 from veneer.library.aliases import state_of
-from veneer.library.blobs import DIGEST, Blobs
+from veneer.library.blobs import Blobs
 from veneer.library.catalogue import Catalogue, place_new, sqlite_path
-from veneer.library.gate import Demand, check_metrics
-from veneer.library.manifest import files_of, read_manifest, unseal
+from veneer.library.manifest import Manifest, Measured, State, unseal
 from veneer.library.place import FILE, Place, discard, new_sqlite
 from veneer.library.records import Collected, Rebuilt, Verified, Version
-from veneer.library.resolve import check_alias, check_name
 
 
 def gc(place: Place, catalogue: Catalogue, *, dry_run: bool = False) -> Collected:
@@ -72,31 +69,43 @@ def verify(place: Place, catalogue: Catalogue) -> Verified:
     blobs, problems = place.blobs, catalogue.problems()
     with catalogue.read() as connection:
         versions = queries.listed_versions(connection)
-        rows = connection.execute(select(t.files.c.blob, t.files.c.name, t.files.c.version, t.files.c.bytes)).all()
         spare_blobs, spare_records = orphans(blobs, connection)
-        for alias in queries.aliases(connection):
-            if queries.numbered(connection, alias.name, alias.version) is None:
-                problems.append(f"{alias.name}@{alias.alias} points to version {alias.version}, which is not there")
-    problems += [problem for version in versions for problem in _manifest_problems(blobs, version)]
-    users: dict[str, list[str]] = {}
-    for row in rows:
-        users.setdefault(row.blob, []).append(f"{row.name}@{row.version}")
+        problems += _dangling(connection)
+        users = _users(connection)
+    found = [(version, problem) for version in versions for problem in _manifest_problems(blobs, version)]
     total = 0
     for blob, refs in sorted(users.items()):
         try:
             total += blobs.check(blob)
         except VeneerError as error:
-            problems.append(f"{', '.join(refs[:3])}: {error.message}")
-    leftovers = len(blobs.abandoned())
-    return Verified(
-        len(versions), len(users), total, tuple(problems), len(spare_blobs) + len(spare_records) + leftovers
-    )
+            found += [(version, f"{version.ref}: {error.message}") for version in versions if version.ref in refs]
+    with catalogue.read() as connection:  # what was removed while this was reading has no problems
+        problems += [text for version, text in found if queries.numbered(connection, version.name, version.version)]
+    spare = len(spare_blobs) + len(spare_records) + len(blobs.abandoned())
+    return Verified(len(versions), len(users), total, tuple(problems), spare)
+
+
+def _users(connection: Connection) -> dict[str, set[str]]:
+    """Blob -> the versions that need it."""
+    users: dict[str, set[str]] = {}
+    for row in connection.execute(select(t.files.c.blob, t.files.c.name, t.files.c.version)):
+        users.setdefault(row.blob, set()).add(f"{row.name}@{row.version}")
+    return users
+
+
+def _dangling(connection: Connection) -> list[str]:
+    return [
+        f"{alias.name}@{alias.alias} points to version {alias.version}, which is not there"
+        for alias in queries.aliases(connection)
+        if queries.numbered(connection, alias.name, alias.version) is None
+    ]
 
 
 def _manifest_problems(blobs: Blobs, version: Version) -> list[str]:
     path = blobs.path("manifests", version.name, f"{version.version}.json")
     try:
-        found, _ = read_manifest(blobs.read(path), path)
+        content = blobs.read(path)
+        found = unseal(Manifest, content, path).describes(content)
     except VeneerError as error:
         return [f"{version.ref}: {error.message}"]
     return [] if found == version else [f"{version.ref}: the manifest and the catalogue differ"]
@@ -140,61 +149,47 @@ def _fill(blobs: Blobs, catalogue: Catalogue, records: Sequence[str], left_out: 
 def _restore(blobs: Blobs, connection: Connection, path: str, left_out: list[str]) -> int:
     """Insert the version that a manifest describes; 1, or 0 where it had to be left out."""
     try:
-        version, manifest = read_manifest(blobs.read(path), path)
+        content = blobs.read(path)
+        manifest = unseal(Manifest, content, path)
+        version, files = manifest.describes(content), manifest.listed()
         if path != blobs.path("manifests", version.name, f"{version.version}.json"):
             raise FormatError(f"{path} is the manifest of {version.ref}, in the wrong place")
-        files = files_of(manifest)
         missing = [f.path for f in files if blobs.size(blobs.blob_path(f.blob)) != f.bytes]
         if missing:
             raise FormatError(f"{version.ref} has lost {', '.join(missing)}")
-        parents = [parent for parent in manifest["parents"] if DIGEST.fullmatch(parent)]
-        metrics = check_metrics(_metrics(blobs, path, manifest))
-    except (KeyError, TypeError, VeneerError) as error:
-        left_out.append(error.message if isinstance(error, VeneerError) else f"{path} is not a manifest: {error}")
+        later = path.removesuffix(".json") + ".metrics.json"
+        measured = manifest if blobs.size(later) is None else unseal(Measured, blobs.read(later), later)
+    except VeneerError as error:
+        left_out.append(error.message)
         return 0
     number = queries.next_version(connection, version.name)
-    queries.insert_version(connection, version, files, parents, metrics)
+    queries.insert_version(connection, version, files, manifest.parents, measured.metrics)
     queries.set_next_version(connection, version.name, max(number, version.version + 1))
     return 1
-
-
-def _metrics(blobs: Blobs, path: str, manifest: dict[str, Any]) -> dict[str, float]:
-    """What was recorded later, else what the manifest says."""
-    later = path.removesuffix(".json") + ".metrics.json"
-    if blobs.size(later) is None:
-        found: dict[str, float] = manifest["metrics"]
-        return found
-    recorded: dict[str, float] = unseal(blobs.read(later), later)["metrics"]
-    return recorded
 
 
 def _restore_state(blobs: Blobs, connection: Connection, path: str, left_out: list[str]) -> int:
     """Bring back a name's aliases, demands and history; the count of aliases."""
     try:
-        state = unseal(blobs.read(path), path)
-        name = check_name(state["name"])
-        number = queries.next_version(connection, name)
-        queries.set_next_version(connection, name, max(number, int(state["next"])))
-        for row in state["demands"]:
-            Demand(row["metric"], row["better"], row["margin"])
-            connection.execute(t.demands.insert(), {**row, "name": name, "alias": check_alias(row["alias"])})
-        kept = {(row["alias"], row["number"]) for row in state["moves"]}
-        for row in state["moves"]:
-            before = row["before"] if (row["alias"], row["before"]) in kept else None
-            connection.execute(t.moves.insert(), {**row, "name": name, "before": before})
-        return sum(_restore_alias(connection, name, row, left_out) for row in state["aliases"])
-    except (KeyError, TypeError, ValueError) as error:  # VeneerErrors about content are ValueErrors
-        left_out.append(error.message if isinstance(error, VeneerError) else f"{path} is not a state record: {error}")
+        state = unseal(State, blobs.read(path), path)
+        if path != blobs.path("manifests", state.name, "state.json"):
+            raise FormatError(f"{path} is the state of '{state.name}', in the wrong place")
+    except VeneerError as error:
+        left_out.append(error.message)
         return 0
-
-
-def _restore_alias(connection: Connection, name: str, row: dict[str, Any], left_out: list[str]) -> int:
-    alias = check_alias(row["alias"])
-    if queries.numbered(connection, name, row["version"]) is None:
-        left_out.append(f"{name}@{alias} pointed to version {row['version']}, which is not there")
-        return 0
-    connection.execute(t.aliases.insert(), {**row, "name": name, "alias": alias})
-    return 1
+    name = state.name
+    number = queries.next_version(connection, name)
+    queries.set_next_version(connection, name, max(number, state.next))
+    kept = {(move.alias, move.number) for move in state.moves}
+    moves = [m if (m.alias, m.before) in kept else m.model_copy(update={"before": None}) for m in state.moves]
+    here = {version.version for version in queries.listed_versions(connection, name=name)}
+    aliases = [alias for alias in state.aliases if alias.version in here]
+    for table, rows in ((t.demands, state.demands), (t.moves, moves), (t.aliases, aliases)):
+        if rows:
+            connection.execute(table.insert(), [{"name": name, **row.model_dump()} for row in rows])
+    lost = [alias for alias in state.aliases if alias.version not in here]
+    left_out += [f"{name}@{a.alias} pointed to version {a.version}, which is not there" for a in lost]
+    return len(aliases)
 
 
 def remove_records(blobs: Blobs, versions: Sequence[Version]) -> None:

@@ -1,0 +1,414 @@
+"""What happens to a library when its disk is full, its bytes rot, its catalogue is lost, or it lives elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from sqlalchemy import Connection, create_engine, event, inspect, text
+from tests.library.shelf import files_under, folder, library_on, make, refs, sqlite_at
+
+from veneer.errors import ConfigError, Conflict, FormatError, NotFound, ResourceError, Unsupported
+from veneer.library import Demand, Library, migrations, tables
+from veneer.library.catalogue import Catalogue
+from veneer.library.manifest import State, unseal
+from veneer.library.migrations import STEPS, migrate, schema_version
+
+
+class FullDisk(LocalFileSystem):
+    """A local disk with room for `room` more bytes."""
+
+    cachable = False
+    room = 0
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        opened = super().open(path, mode, **kwargs)
+        return _Filling(opened, self) if "w" in mode else opened
+
+
+class _Filling:
+    def __init__(self, file: Any, disk: FullDisk) -> None:
+        self._file, self._disk = file, disk
+
+    def write(self, data: bytes) -> int:
+        self._disk.room -= len(data)
+        if self._disk.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self._file.write(data))
+
+    def __enter__(self) -> _Filling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 1.02])  # the last: room for the adapter, not for its manifest
+def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path, share: float) -> None:
+    root = tmp_path / "library"
+    room = int(share * Library(root).add(make(0), "tickets").version.bytes)
+    before = Library(root).list()
+    disk = FullDisk()
+    library = library_on(disk, str(root), sqlite_at(root))
+    disk.room = room
+    with pytest.raises(ResourceError) as full:
+        library.add(folder(tmp_path / "new", 1), "tickets")
+    assert "space" in full.value.message and "gc" in (full.value.help or "")
+    assert library.list() == before
+    assert library.verify().is_clean
+    disk.room = 1 << 20
+    library.gc()
+    assert library.verify().orphans == 0
+    assert library.add(folder(tmp_path / "new", 1), "tickets").version.ref == "tickets@2"
+
+
+def test_a_full_disk_stops_an_alias_before_it_moves(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    first = Library(root)
+    first.add(make(0), "tickets")
+    first.add(make(1), "tickets")
+    first.alias("tickets@1", "production")
+    library = library_on(FullDisk(), str(root), sqlite_at(root))
+    with pytest.raises(ResourceError):
+        library.alias("tickets@2", "production")
+    assert (library.resolve("tickets").version, len(library.history("tickets"))) == (1, 1)
+
+
+def test_a_full_catalogue_refuses_and_loses_nothing(tmp_path: Path) -> None:
+    library = Library(tmp_path / "library")
+    library.add(make(0), "tickets")
+    catalogue = library._catalogue()
+    catalogue.close()
+
+    def limit(connection: Any, _: Any) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    event.listen(catalogue.engine, "connect", limit)
+    with pytest.raises(ResourceError, match="catalogue"):
+        for seed in range(1, 60):
+            library.record("tickets", {f"metric_{seed}_{i}": 1.0 for i in range(50)})
+    event.remove(catalogue.engine, "connect", limit)
+    library.close()
+    assert refs(library.list()) == ["tickets@1"]
+    assert library.verify().is_clean
+
+
+def _blob_of(root: Path, library: Library, name: str) -> Path:
+    files = {file.path: file.blob for file in library.show("tickets@1").files}
+    return root / "blobs" / files[name][:2] / files[name]
+
+
+def _flip(path: Path) -> None:
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_flip, Path.unlink, lambda path: (path.chmod(0o644), path.write_bytes(b""))])
+def test_damage_is_found_on_reading_and_healed_by_adding_again(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    root, source = tmp_path / "library", folder(tmp_path / "a")
+    library = Library(root)
+    library.add(source, "tickets")
+    damage(_blob_of(root, library, "adapter_model.safetensors"))
+    with pytest.raises((FormatError, NotFound)) as found:
+        library.load("tickets")
+    assert found.value.help
+    with pytest.raises((FormatError, NotFound)):
+        library.checkout("tickets", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = library.verify()
+    assert not report.is_clean and "tickets@1" in report.problems[0]
+    assert library.add(source, "tickets").new is False
+    assert library.verify().is_clean
+    assert library.load("tickets").digest == make().digest
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    """One bit in any file of the library, the catalogue's own aside, makes verify speak."""
+    root = tmp_path / "library"
+    library = Library(root)
+    library.add(make(), "tickets")
+    for name in sorted(files_under(root)):
+        kept = (root / name).read_bytes()
+        _flip(root / name)
+        assert not library.verify().is_clean, name
+        (root / name).write_bytes(kept)
+    assert library.verify().is_clean
+
+
+def _rich(root: Path) -> Library:
+    library = Library(root)
+    for seed in range(3):
+        library.add(make(seed), "tickets", metrics={"loss": 2.0 - seed / 10})
+    library.add(make(7, parents=(make(0).digest,)), "letters")
+    library.record("letters@1", {"f1": 0.5})
+    library.alias("tickets@1", "production", demands=[Demand("loss", "lower", 0.5)])
+    library.alias("tickets@3", "production")
+    library.alias("tickets@3", "canary", weight=0.5)
+    library.remove("tickets@2")
+    return library
+
+
+def _everything(library: Library) -> tuple[Any, ...]:
+    return (
+        library.list(),
+        library.aliases(),
+        [library.history(name) for name in ("tickets", "letters")],
+        library.demands("tickets", "production"),
+        [library.show(version.ref) for version in library.list()],
+    )
+
+
+def _lose(root: Path) -> None:
+    for file in root.glob("catalogue.sqlite*"):
+        file.unlink()
+
+
+def _lose_but_the_log(root: Path) -> None:
+    (root / "catalogue.sqlite").unlink()
+    (root / "catalogue.sqlite-wal").write_bytes(b"left over")
+
+
+def _scramble(root: Path) -> None:
+    _lose(root)
+    (root / "catalogue.sqlite").write_bytes(os.urandom(5000))
+
+
+def _truncate(root: Path) -> None:
+    with sqlite3.connect(root / "catalogue.sqlite") as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    file = root / "catalogue.sqlite"
+    file.write_bytes(file.read_bytes()[:6000])
+
+
+def _empty(root: Path) -> None:
+    _lose(root)
+    (root / "catalogue.sqlite").touch()
+
+
+@pytest.mark.parametrize("loss", [_lose, _lose_but_the_log, _scramble, _truncate, _empty], ids=lambda f: f.__name__)
+def test_a_lost_catalogue_comes_back_whole(tmp_path: Path, loss: Callable[[Path], None]) -> None:
+    root = tmp_path / "library"
+    library = _rich(root)
+    before, revision = _everything(library), library.revision()
+    library.close()
+    loss(root)
+    lost = Library(root)
+    with pytest.raises((NotFound, FormatError)) as told:
+        lost.list()
+    assert "rebuild" in (told.value.help or "")
+    with pytest.raises((NotFound, FormatError)):
+        lost.add(make(9), "tickets")
+    rebuilt = lost.rebuild()
+    assert (rebuilt.versions, rebuilt.aliases) == (3, 2)
+    assert _everything(lost) == before
+    assert lost.revision() > revision
+    assert lost.verify().is_clean
+    assert lost.rollback("tickets").version == 1
+    assert lost.add(make(9), "tickets").version.ref == "tickets@4"
+
+
+def test_rebuild_leaves_out_what_is_damaged_and_says_so(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = _rich(root)
+    blob = library.show("tickets@3").files[1].blob
+    library.close()
+    _lose(root)
+    (root / "blobs" / blob[:2] / blob).unlink()
+    _flip(root / "manifests" / "letters" / "1.json")
+    rebuilt = Library(root).rebuild()
+    assert rebuilt.versions == 1
+    assert any("letters" in line for line in rebuilt.left_out)
+    assert any("tickets@3 has lost" in line for line in rebuilt.left_out)
+    assert any("tickets@production pointed to version 3" in line for line in rebuilt.left_out)
+    assert refs(Library(root).list()) == ["tickets@1"]
+
+
+def test_a_sound_catalogue_is_not_replaced(tmp_path: Path) -> None:
+    library = Library(tmp_path / "library")
+    library.add(make(), "tickets")
+    with pytest.raises(Conflict, match="sound"):
+        library.rebuild()
+    assert refs(library.list()) == ["tickets@1"]
+
+
+def test_gc_frees_what_a_writer_left_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = Library(root)
+    library.add(make(), "tickets")
+    whole = files_under(root)
+    (root / "blobs" / "00").mkdir(exist_ok=True)
+    (root / "blobs" / "00" / ("00" + "f" * 62)).write_bytes(b"x" * 10)
+    (root / "manifests" / "tickets" / "2.json").write_bytes(b"{}")
+    (root / "manifests" / "tickets" / "2.json.part").write_bytes(b"{")
+    (root / "tmp" / "dead").mkdir()
+    (root / "tmp" / "dead" / "half").write_bytes(b"x")
+    with library._place.blobs.staging() as at_work:
+        planned = library.gc(dry_run=True)
+        assert files_under(root) > whole
+        assert library.gc() == planned
+        assert (planned.blobs, planned.manifests, planned.leftovers) == (1, 2, 1)
+        assert at_work.exists()
+    assert files_under(root) == whole
+
+
+def test_a_state_record_ahead_of_the_catalogue_is_put_right(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = Library(root)
+    library.add(make(0), "tickets")
+    library.add(make(1), "tickets")
+    library.alias("tickets@1", "production")
+    path = root / "manifests" / "tickets" / "state.json"
+    earlier = path.read_bytes()
+    library.alias("tickets@2", "production")
+    path.write_bytes(earlier)
+    library.gc()
+    assert unseal(State, path.read_bytes(), "here").aliases[0].version == 2
+
+
+# A store that is not a local folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Library]:
+    root = f"/library-{uuid.uuid4().hex}"
+    yield Library(f"memory://{root}#sqlite:///{tmp_path / 'shared.sqlite'}")
+    MemoryFileSystem.store.clear()
+
+
+def test_blobs_elsewhere_and_a_database_of_its_own(elsewhere: Library, tmp_path: Path) -> None:
+    elsewhere.add(make(0), "tickets")
+    elsewhere.add(make(1), "tickets")
+    elsewhere.alias("tickets@1", "production")
+    assert elsewhere.load("tickets").digest == make(0).digest
+    assert elsewhere.checkout("tickets@2", tmp_path / "out").exists()
+    elsewhere.remove("tickets@2")
+    assert elsewhere.gc().blobs > 0
+    assert elsewhere.verify().is_clean and elsewhere.verify().orphans == 0
+    elsewhere.close()
+    (tmp_path / "shared.sqlite").unlink()
+    with pytest.raises(NotFound, match="is gone"):
+        elsewhere.list()
+    assert elsewhere.rebuild().versions == 1
+    assert elsewhere.resolve("tickets").version == 1
+
+
+def test_damage_elsewhere_is_found(elsewhere: Library) -> None:
+    elsewhere.add(make(), "tickets")
+    blob = next(path for path in MemoryFileSystem.store if "/blobs/" in path)
+    content = bytearray(MemoryFileSystem.store[blob].getvalue())
+    content[0] ^= 1
+    MemoryFileSystem().pipe_file(blob, bytes(content))
+    assert not elsewhere.verify().is_clean
+    with pytest.raises(FormatError):
+        elsewhere.load("tickets")
+
+
+@pytest.mark.parametrize(
+    "url", ["memory://x", "", "nosuchprotocol://x#sqlite:////tmp/x", "folder#sqlite://", "folder#not a url"]
+)
+def test_bad_places(url: str) -> None:
+    with pytest.raises(ConfigError) as bad:
+        Library(url).list()
+    assert bad.value.message
+
+
+# The catalogue's schema
+
+
+def test_queries_and_migrations_agree(tmp_path: Path) -> None:
+    catalogue = Catalogue(f"sqlite:///{tmp_path / 'c.sqlite'}")
+    assert catalogue.upgrade() == len(STEPS)
+    assert catalogue.upgrade() == 0
+    found = inspect(catalogue.engine)
+    assert set(found.get_table_names()) == set(tables.METADATA.tables)
+    for name, table in tables.METADATA.tables.items():
+        assert [c["name"] for c in found.get_columns(name)] == [c.name for c in table.columns], name
+        assert set(found.get_pk_constraint(name)["constrained_columns"]) == {c.name for c in table.primary_key}, name
+
+
+def _step_2(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE versions ADD COLUMN colour TEXT"))
+    connection.execute(text("UPDATE versions SET colour = 'grey'"))
+
+
+@pytest.mark.parametrize("earlier", range(len(STEPS) + 1))
+def test_every_earlier_schema_is_brought_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: int) -> None:
+    """From nothing and from each released version to a later one, with what was in it."""
+    path = tmp_path / "library" / "catalogue.sqlite"
+    if earlier == len(STEPS):
+        Library(tmp_path / "library").add(make(), "tickets")
+    else:
+        path.parent.mkdir()
+        engine = create_engine(f"sqlite:///{path}")
+        with engine.begin() as connection:
+            migrate(connection, STEPS[:earlier])
+        engine.dispose()
+    monkeypatch.setattr("veneer.library.catalogue.STEPS", (*STEPS, _step_2))
+    monkeypatch.setattr(migrations, "STEPS", (*STEPS, _step_2))
+    monkeypatch.setattr(migrate, "__defaults__", ((*STEPS, _step_2),))
+    library = Library(tmp_path / "library")
+    if earlier == 0:
+        library.add(make(), "tickets")
+    assert refs(library.list()) == ["tickets@1"]
+    with library._catalogue().read() as connection:
+        assert schema_version(connection) == len(STEPS) + 1
+        colours = connection.execute(text("SELECT colour FROM versions")).scalars().all()
+    assert colours == ([None] if earlier == 0 else ["grey"])
+
+
+def test_a_failed_migration_changes_nothing(tmp_path: Path) -> None:
+    def broken(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE versions ADD COLUMN colour TEXT"))
+        raise RuntimeError("half-way")
+
+    library = Library(tmp_path / "library")
+    library.add(make(), "tickets")
+    catalogue = library._catalogue()
+    with (
+        pytest.raises(RuntimeError),
+        catalogue.engine.connect().execution_options(veneer_write=True) as connection,
+        connection.begin(),
+    ):
+        migrate(connection, (*STEPS, broken))
+    assert "colour" not in [c["name"] for c in inspect(catalogue.engine).get_columns("versions")]
+    assert refs(library.list()) == ["tickets@1"]
+
+
+def test_a_newer_catalogue_is_left_alone(tmp_path: Path) -> None:
+    library = Library(tmp_path / "library")
+    library.add(make(), "tickets")
+    library.close()
+    with sqlite3.connect(tmp_path / "library" / "catalogue.sqlite") as connection:
+        connection.execute("UPDATE library SET schema_version = 99")
+    connection.close()
+    with pytest.raises(Unsupported, match="schema 99"):
+        library.list()
+
+
+def test_a_library_that_cannot_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    root = tmp_path / "library"
+    Library(root).add(make(), "tickets")
+    for path in (root / "tmp", root):
+        path.chmod(0o555)
+    with pytest.raises(ResourceError):
+        Library(root).add(make(1), "tickets")
+    root.chmod(0o755)
+    shutil.rmtree(root)
