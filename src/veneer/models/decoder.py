@@ -290,7 +290,10 @@ class Decoder:
         if config.qk_norm == "head":
             q = self._head_norm(q, f"layers.{layer}.q_norm", state)
             k = self._head_norm(k, f"layers.{layer}.k_norm", state)
-        return q, k, v.view(rows, config.kv_heads, config.head_dim)
+        v = v.view(rows, config.kv_heads, config.head_dim)
+        if config.positions == "rope" and torch.is_grad_enabled():
+            v = v.contiguous()  # q and k become new tensors; a view would keep all three alive for the backward pass
+        return q, k, v
 
     def _head_norm(self, x: Tensor, name: str, state: Pass) -> Tensor:
         rows, heads, dim = x.shape

@@ -69,6 +69,16 @@ MASTER, GRADIENT, MOMENTS = 4, 4, 8
 
 TRAINED = MASTER + GRADIENT + MOMENTS
 
+
+def copies_bytes(trained: int, itemsize: int, *, packed: bool) -> int:
+    """What a pass holds of the adapter beside its state.
+
+    The gradient of the packed tensors, their copy in the compute dtype, and, where the tensors are stacked or scaled
+    on the way to the decoder (`packed`: everything but an override), the packed tensors themselves.
+    """
+    return trained * (GRADIENT + (MASTER if packed else 0) + (itemsize if itemsize < 4 else 0))
+
+
 FULL_RECIPES: Registry[int] = Registry("full fine-tuning recipe")
 """Bytes a parameter under the conventions that papers and tools use, weights included."""
 FULL_RECIPES["mixed"] = 2 + 2 + 4 + 8  # 16-bit weights and gradients, fp32 master and moments

@@ -1,7 +1,7 @@
 """One training run in bytes, by category, before anything is loaded.
 
-The categories sum to the total. Base, adapter, gradients and optimiser are exact; activations, logits and workspace follow
-what the native decoder keeps (`activations.py`) for the given tokens per pass.
+The categories sum to the total. Base, adapter, gradients and optimiser are exact; copies, activations, logits and
+workspace follow what the trainer and the native decoder hold at the end of a forward pass (`activations.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from veneer.methods import Method
 from veneer.models.config import DecoderConfig, Layout
 from veneer.ops.loss import CHUNK
 from veneer.plan.activations import Traffic, activation_bytes, logits_bytes, workspace_bytes
-from veneer.plan.bytes import GRADIENT, MASTER, MOMENTS, base_bytes
+from veneer.plan.bytes import GRADIENT, MASTER, MOMENTS, base_bytes, copies_bytes
 from veneer.plan.counts import Counted, adapter_tensors
 from veneer.plan.sizes import sizes_of
 
@@ -67,6 +67,7 @@ def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Seque
             "adapter": MASTER * stored,
             "gradients": GRADIENT * trained,
             "optimizer": MOMENTS * trained,
+            "copies": copies_bytes(trained, itemsize, packed=spec.site != "override"),
             "activations": activation_bytes(config, traffic, work.tokens, itemsize, recompute=work.recompute),
             "logits": logits_bytes(config.vocab, labels, itemsize, CHUNK),
             "workspace": workspace_bytes(config, work.tokens, itemsize),
