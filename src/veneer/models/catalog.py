@@ -63,11 +63,20 @@ def missing(entry: Entry) -> list[str]:
     return wanted
 
 
+def joined(name: str) -> Path:
+    """Where a model that is spread over several packages is put together."""
+    return cache_folder() / "downloads" / f"{name}.gguf"
+
+
+def is_installed(name: str) -> bool:
+    """Whether `find` would find it, without doing anything."""
+    return joined(name).exists() or not missing(CATALOG[name])
+
+
 def find(name: str) -> Path:
     """The model file of a catalogue entry; `NotFound` says how to get it. The hash is checked when it is converted."""
-    entry = CATALOG[name]
-    whole = cache_folder() / "downloads" / f"{name}.gguf"
-    if len(entry.pieces) > 1 and whole.exists():
+    entry, whole = CATALOG[name], joined(name)
+    if whole.exists():
         return whole
     wanted = missing(entry)
     if wanted:
