@@ -12,8 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.adapter import Adapter as Adapter
+    from veneer.algebra import combine as combine
+    from veneer.engine import Engine as Engine
+    from veneer.engine import Request as Request
     from veneer.errors import VeneerError as VeneerError
+    from veneer.inject import attach as attach
+    from veneer.inject import attached as attached
+    from veneer.inject import create as create
+    from veneer.library import Library as Library
+    from veneer.merge import merge as merge
+    from veneer.methods.bitfit import BitFit as BitFit
+    from veneer.methods.bottleneck import Bottleneck as Bottleneck
+    from veneer.methods.dora import DoRA as DoRA
+    from veneer.methods.full import Full as Full
+    from veneer.methods.ia3 import IA3 as IA3
     from veneer.methods.lora import LoRA as LoRA
+    from veneer.methods.prefix import PrefixTuning as PrefixTuning
+    from veneer.methods.prompt import PromptTuning as PromptTuning
+    from veneer.methods.ptuning import PTuning as PTuning
+    from veneer.methods.vera import VeRA as VeRA
+    from veneer.models.base import Base as Base
+    from veneer.models.load import load_base as load_base
+    from veneer.train import train as train
 
 __version__ = "0.1.0"
 
@@ -22,7 +42,6 @@ _HOME = {
     "Base": "models.base",
     "load_base": "models.load",
     "train": "train",
-    "evaluate": "evaluate",
     "attach": "inject",
     "attached": "inject",
     "create": "inject",

@@ -1,0 +1,46 @@
+"""The public face: every name works, is typed, and is not hidden by the folder it lives in."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import veneer
+
+PROMISED = """
+    load_base train Adapter LoRA DoRA IA3 PromptTuning PrefixTuning PTuning Bottleneck BitFit VeRA Full
+    attached attach merge combine Engine Request Library VeneerError
+""".split()
+
+
+@pytest.mark.parametrize("name", veneer.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert not isinstance(getattr(veneer, name), ModuleType)
+    assert name in dir(veneer)
+
+
+def test_every_promised_name_is_public() -> None:
+    assert set(PROMISED) <= set(veneer.__all__)
+
+
+def test_editors_see_the_same_names() -> None:
+    """The imports under TYPE_CHECKING and the lazy table say the same."""
+    tree = ast.parse(Path(veneer.__file__).read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typed = {a.asname: f"{n.module}" for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert typed == {name: f"veneer.{home}" for name, home in veneer._HOME.items()}
+
+
+@pytest.mark.parametrize("name", ["train", "merge"])
+def test_importing_the_folder_does_not_hide_the_function(name: str) -> None:
+    importlib.import_module(f"veneer.{name}")
+    assert callable(getattr(veneer, name))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="lorra"):
+        veneer.lorra  # noqa: B018
