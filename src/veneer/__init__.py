@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from veneer.engine import Engine as Engine
     from veneer.engine import Request as Request
     from veneer.errors import VeneerError as VeneerError
-    from veneer.inject import attach as attach
-    from veneer.inject import attached as attached
-    from veneer.inject import create as create
+    from veneer.inject.attach import attach as attach
+    from veneer.inject.create import create as create
+    from veneer.inject.native import attached as attached
     from veneer.library import Library as Library
     from veneer.merge import merge as merge
     from veneer.methods.bitfit import BitFit as BitFit
@@ -42,9 +42,9 @@ _HOME = {
     "Base": "models.base",
     "load_base": "models.load",
     "train": "train",
-    "attach": "inject",
-    "attached": "inject",
-    "create": "inject",
+    "attach": "inject.attach",
+    "attached": "inject.native",
+    "create": "inject.create",
     "merge": "merge",
     "combine": "algebra",
     "Engine": "engine",
