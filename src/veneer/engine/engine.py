@@ -16,23 +16,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import psutil
 
 from veneer.adapter import Adapter, HostSource
+from veneer.engine.admission import Admission
 from veneer.engine.answer import Answer
-from veneer.engine.arena import capacity, whole_capacity
+from veneer.engine.arena import capacity
 from veneer.engine.intake import Intake, Ticket, speller_of
-from veneer.engine.kvcache import Chain, KVBook
+from veneer.engine.kvcache import KVBook
 from veneer.engine.request import Event, Failed, Finished, FinishReason, Request
 from veneer.engine.residency import Residency
 from veneer.engine.runner import Runner, Scores
 from veneer.engine.sampling import Chooser, choose_all
-from veneer.engine.scheduler import Limits, Scheduler, Seq, Step, Verdict
+from veneer.engine.scheduler import Limits, Scheduler, Seq
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
@@ -92,7 +93,6 @@ class Engine:
     ) -> None:
         self.base = base
         self.limits = Limits() if limits is None else limits
-        self.reproducible = reproducible
         self._clock = clock
         free = psutil.virtual_memory().available // 4
         if reproducible:
@@ -100,15 +100,21 @@ class Engine:
         self._runner = Runner(base.decoder, alone=reproducible)
         self.book = KVBook(free if kv_bytes is None else kv_bytes, self._runner.arena.position_bytes)
         self.residency = Residency(base, base.decoder, source, free if adapter_bytes is None else adapter_bytes)
-        self.scheduler = Scheduler(self.limits, self)
         config = base.config
+        self._answers: dict[int, Answer] = {}
+        self._admission = Admission(
+            None if reproducible else f"{base.identity}|{base.decoder.dtype}",
+            config.max_positions,
+            self.book,
+            self._runner.arena,
+            self.residency,
+            self._answers,
+        )
+        self.scheduler = Scheduler(self.limits, self._admission)
         self._intake = Intake(base.tokenizer, config.vocab, config.max_positions, self.residency.resolve)
         self._spell = speller_of(base.tokenizer)
         self._decode: Callable[[Sequence[int]], str] = _no_text if base.tokenizer is None else base.tokenizer.decode
-        self._cache_identity = f"{base.identity}|{base.decoder.dtype}"
-        self._answers: dict[int, Answer] = {}
         self._requests: dict[str, list[Answer]] = {}
-        self._refused: list[tuple[Answer, VeneerError]] = []
         self._numbers = itertools.count()
         self.last_step: StepReport | None = None
 
@@ -249,7 +255,8 @@ class Engine:
             key: self.residency.payload(key) for key in {s.adapter for s in self.scheduler.running if s.adapter}
         }
         scores = self._runner.run(step, residents)
-        self._note_blocks(step)
+        for seq in step.seqs:
+            self._admission.note(self._answers[seq.id])
         for batch in scores:
             events += self._advance(batch)
         seconds = time.perf_counter() - start
@@ -257,28 +264,6 @@ class Engine:
         self.scheduler.pace.observe(prefilled, seconds)
         self.last_step = StepReport(len(step.decode), prefilled, len(residents), seconds)
         return events
-
-    def enter(self, seq: Seq, now: float) -> Verdict:
-        """Whether a waiting sequence can start: its adapter is resident and there is room for its keys and values."""
-        answer = self._answers[seq.id]
-        if seq.adapter:
-            verdict = self._adapter_ready(answer, now)
-            if verdict != "enter":
-                return verdict
-        try:
-            self._fit(answer)
-        except VeneerError as error:
-            self._refused.append((answer, error))
-            return "later"
-        dropped = self.book.promise(seq.id, capacity(seq.most_positions))
-        if dropped is None:
-            return "full"
-        self._runner.arena.close_all(dropped)
-        if seq.adapter:
-            self.residency.slots.acquire(seq.adapter, now)
-        answer.holds = True
-        self._open(answer)
-        return "enter"
 
     # -- its parts -----------------------------------------------------------------------------------------------------
 
@@ -319,64 +304,6 @@ class Engine:
         )
         return Answer(id, seq, ticket, chooser, TextStream(self._decode, asked.stop, include_stop=asked.include_stop))
 
-    def _adapter_ready(self, answer: Answer, now: float) -> Verdict:
-        recipe = answer.ticket.recipe
-        state = self.residency.want(recipe, now)
-        if not answer.asked:
-            answer.asked = True
-            counters = self.residency.slots.counters
-            counters.hits += state == "resident"
-            counters.misses += state != "resident"
-        if state == "resident":
-            return "enter"
-        if state == "failed":
-            reason = self.residency.slots.slot(recipe.key).reason
-            names = ", ".join(found.name for found, _ in recipe.parts)
-            self._refused.append((answer, FormatError(f"adapter {names} can't be used: {reason}")))
-        return "full" if state == "available" else "later"
-
-    def _fit(self, answer: Answer) -> None:
-        """Settle what depends on the adapter: virtual rows, where it starts to apply, the room for the answer."""
-        seq = answer.seq
-        if seq.adapter:
-            resident = self.residency.payload(seq.adapter)
-            seq.virtual = resident.virtual
-            seq.switch = _switch(seq.tokens, resident.invocation)
-            answer.digest = resident.digest
-        if answer.ticket.limit is None:
-            room = whole_capacity(self.book.budget // self.book.position)
-            seq.limit = min(seq.limit, max(1, room - seq.virtual - seq.prompt + 1))
-        context = self.base.config.max_positions
-        over = seq.virtual + seq.prompt + seq.limit - context
-        if over > 0:
-            if answer.ticket.limit is not None or over >= seq.limit:
-                raise ResourceError(
-                    f"prompt, answer and the adapter's {seq.virtual} rows need {context + over:,} positions; "
-                    f"this base has {context:,}",
-                    help="ask for a shorter answer (max_tokens)",
-                )
-            seq.limit -= over
-        self.book.check(capacity(seq.most_positions))
-
-    def _open(self, answer: Answer) -> None:
-        """A place in the cache, begun with the longest stored prefix."""
-        seq, arena = answer.seq, self._runner.arena
-        arena.open(seq.id, seq.virtual + seq.prompt)
-        if self.reproducible:
-            return
-        answer.chain = Chain(self._cache_identity, seq.adapter, seq.switch)
-        hit = self.book.find(answer.chain.extend(seq.tokens, seq.prompt - 1))
-        if hit is not None:
-            donor, blocks = hit
-            seq.stored = seq.cached = blocks * 16
-            arena.copy(donor, seq.id, seq.virtual + seq.stored)
-
-    def _note_blocks(self, step: Step) -> None:
-        for seq in (*step.decode, *(s for s, _ in step.prefill)):
-            chain = self._answers[seq.id].chain
-            if chain is not None:
-                self.book.wrote(seq.id, chain.extend(seq.tokens, seq.stored))
-
     def _advance(self, scores: Scores) -> Iterator[Event]:
         answers = [self._answers[seq.id] for seq in scores.seqs]
         chosen = choose_all(scores.logits, [a.chooser for a in answers], self._spell)
@@ -402,7 +329,7 @@ class Engine:
         return [event for id in late for event in self.cancel(id, "timeout")]
 
     def _fail_refused(self) -> Iterator[Event]:
-        refused, self._refused = self._refused, []
+        refused, self._admission.refused = self._admission.refused, []
         now = self._clock()
         for answer, error in refused:
             yield self._fail(answer, error, now)
@@ -432,25 +359,7 @@ class Engine:
         if not others:
             del self._requests[answer.id]
         self.scheduler.remove(seq)
-        if not answer.holds:
-            return
-        answer.holds = False
-        positions = seq.virtual + seq.stored
-        if self.book.end(seq.id, positions, keep=keep and not self.reproducible):
-            self._runner.arena.keep(seq.id, positions)
-        else:
-            self._runner.arena.close(seq.id)
-        if seq.adapter:
-            self.residency.slots.release(seq.adapter, now)
-
-
-def _switch(tokens: Sequence[int], invocation: tuple[int, ...] | None) -> int:
-    """Where the adapter starts to apply: at the start of the last invocation sequence; never without one (PEFT's rule)."""
-    if invocation is None:
-        return 0
-    width = len(invocation)
-    starts = range(len(tokens) - width, -1, -1)
-    return next((i for i in starts if tuple(tokens[i : i + width]) == invocation), 1 << 62)
+        self._admission.leave(answer, now, keep=keep)
 
 
 def _overdue(timeout: float | None, since: float, now: float) -> bool:

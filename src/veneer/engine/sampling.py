@@ -93,7 +93,7 @@ class Chooser:
 
     def _draw(self, scores: Tensor) -> int:
         s = self.sampling
-        most = s.top_k if s.top_k > 0 else len(scores)
+        most = min(s.top_k, len(scores)) if s.top_k > 0 else len(scores)
         total = torch.logsumexp(scores, 0)
         if most >= len(scores) and s.top_p >= 1.0:
             weights, order = (scores - total).exp(), None

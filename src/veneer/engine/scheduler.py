@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+_LOOKAHEAD = 16
+"""Waiting sequences without room that are asked in one step, so that a long queue costs a step nothing."""
+
 Verdict: TypeAlias = Literal["enter", "full", "later"]
 """enter: room was taken.  full: no room now, it counts as waiting.  later: something else must happen first."""
 
@@ -125,6 +128,10 @@ class Step:
         return bool(self.decode or self.prefill)
 
     @property
+    def seqs(self) -> tuple[Seq, ...]:
+        return self.decode + tuple(seq for seq, _ in self.prefill)
+
+    @property
     def tokens(self) -> int:
         return len(self.decode) + sum(count for _, count in self.prefill)
 
@@ -190,6 +197,7 @@ class Scheduler:
 
     def _enter(self, now: float) -> Iterator[Seq]:
         adapters = {s.adapter for s in self._running.values() if s.adapter}
+        turned_away = 0
         for sequence in tuple(self._waiting.values()):
             if len(self._running) >= self.limits.streams:
                 return
@@ -202,8 +210,10 @@ class Scheduler:
                 self._running[sequence.id] = sequence
                 adapters |= {sequence.adapter} - {""}
                 yield sequence
-            elif now - sequence.waiting_since >= self.limits.patience:
-                return
+            else:
+                turned_away += 1
+                if turned_away == _LOOKAHEAD or now - sequence.waiting_since >= self.limits.patience:
+                    return
 
     def _verdict(self, sequence: Seq, adapters: set[str], now: float) -> Verdict:
         leader = sequence.after

@@ -1,0 +1,499 @@
+"""The engine against the plainest generation there is: whole sequences, one at a time, without a cache.
+
+Greedy answers of a mixed batch are those of each request alone, for every method and family, through chunks, reuse and removal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits, small_base, with_tokenizer
+
+from veneer.adapter import Adapter
+from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
+from veneer.engine.engine import EngineBase
+from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
+from veneer.inject import create
+from veneer.methods import lower, parse
+from veneer.models.bank import compose
+from veneer.models.base import Base
+from veneer.types import Lowered
+
+MB = 1 << 20
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3},
+    "dora": {"rank": 2},
+    "ia3": {},
+    "prompt": {"num_tokens": 5},
+    "prefix": {"num_tokens": 4},
+    "ptuning": {"num_tokens": 3},
+    "bottleneck": {"size": 6},
+    "bitfit": {},
+    "vera": {"rank": 8},
+    "full": {"targets": ("down_proj",)},
+}
+
+
+def engine(base: EngineBase, **settings: Any) -> Engine:
+    return Engine(base, **{"kv_bytes": 16 * MB, "adapter_bytes": 16 * MB, **settings})
+
+
+def shaken(base: Base, kind: str, seed: int = 0) -> Adapter:
+    """An adapter of this method, moved well away from its neutral start."""
+    spec = parse({"kind": kind, **METHODS[kind]})
+    adapter = create(base, spec, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def shake(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+
+    return adapter.map_tensors(shake)
+
+
+def tokens(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    return [list(choices[0].tokens) for choices in engine.complete(requests)]
+
+
+# -- one batch, many adapters ------------------------------------------------------------------------------------------
+
+
+def test_every_method_in_one_batch_answers_as_it_does_alone() -> None:
+    base = small_base()
+    adapters = {kind: shaken(base, kind, seed) for seed, kind in enumerate(METHODS)}
+    mixed = engine(base)
+    for name, adapter in adapters.items():
+        mixed.add(name, adapter)
+    prompts = {name: ids(i, 6 + 5 * i) for i, name in enumerate([*METHODS, ""])}
+    requests = [Request(p, adapter=n or None, max_tokens=12) for n, p in prompts.items()]
+    for (name, prompt), got in zip(prompts.items(), tokens(mixed, requests), strict=True):
+        assert got == plain_greedy(base, prompt, lowered_of(base, adapters.get(name)), 12), name
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "gpt2"]
+)
+def test_every_family_decodes_as_it_reads(family: str) -> None:
+    changes: dict[str, Any] = {"mistral": {"sliding_window": 9}, "gemma2": {"sliding_window": 6, "head_dim": 8}}.get(
+        family, {}
+    )
+    if family == "gpt2":
+        changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    if family == "gpt_neox":
+        changes = {"rotary_pct": 0.5}
+    base = small_base(family, **changes)
+    adapter = lora(base, 1)
+    running = engine(base, limits=Limits(chunk=(4, 8), alone=8))
+    running.add("a", adapter)
+    prompts = [ids(1, 30), ids(2, 13)]
+    got = tokens(running, [Request(prompts[0], adapter="a", max_tokens=10), Request(prompts[1], max_tokens=10)])
+    assert got[0] == plain_greedy(base, prompts[0], lowered_of(base, adapter), 10)
+    assert got[1] == plain_greedy(base, prompts[1], None, 10)
+
+
+def test_logits_of_a_row_are_those_of_the_row_alone() -> None:
+    base = small_base()
+    adapters = [lora(base, i, rank=1 + 3 * i) for i in range(4)]
+    running = engine(base)
+    for i, adapter in enumerate(adapters):
+        running.add(str(i), adapter)
+    prompts = [ids(i, 9 + i) for i in range(4)]
+    requests = [Request(p, adapter=str(i), max_tokens=4, logprobs=20) for i, p in enumerate(prompts)]
+    for prompt, adapter, choices in zip(prompts, adapters, running.complete(requests), strict=True):
+        answer = choices[0]
+        logits = plain_logits(base, [*prompt, *answer.tokens[:-1]], lowered_of(base, adapter))[len(prompt) - 1 :]
+        logs = torch.log_softmax(logits, dim=1)
+        for step, found in enumerate(answer.logprobs):
+            for token, _, value in found.top:
+                assert value == pytest.approx(float(logs[step, token]), rel=1e-4, abs=1e-4)
+
+
+def test_base_products_per_step_do_not_depend_on_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.ops.low_rank import DenseFrozen
+
+    base = small_base()
+    calls = []
+    original = DenseFrozen.apply
+    monkeypatch.setattr(DenseFrozen, "apply", lambda self, x: (calls.append(x.shape), original(self, x))[1])
+
+    def count(names: list[str | None]) -> list[int]:
+        running = engine(base)
+        for i, kind in enumerate(["lora", "dora", "vera", "bitfit", "prompt", "prefix", "bottleneck"]):
+            running.add(str(i), shaken(base, kind, i))
+        for i, name in enumerate(names):
+            running.submit(Request(ids(i, 10), adapter=name, max_tokens=5))
+        steps = []
+        while running.busy:
+            calls.clear()
+            running.step()
+            steps.append(len(calls))
+        return steps
+
+    same = count(["0"] * 7)
+    assert count([str(i) for i in range(7)]) == same
+    assert len(set(same)) == 1
+    assert same[0] == 4 * base.config.layers + 1
+
+
+# -- what else a request can ask for -----------------------------------------------------------------------------------
+
+
+def test_several_adapters_on_one_request_add_up() -> None:
+    base = small_base()
+    one, two = lora(base, 1, rank=2, size=0.2), lora(base, 2, rank=5, size=0.2)
+    running = engine(base)
+    running.add("one", one)
+    running.add("two", two)
+    prompt = ids(0, 12)
+    cases: list[tuple[Any, Lowered | None]] = [
+        (["one", "two"], compose([lower(one, base), lower(two, base)])),
+        ([Use("one", 0.5), Use("two", 2.0)], compose([lower(one.scaled(0.5), base), lower(two.scaled(2.0), base)])),
+        (Use("one", 0.0), None),
+        ([Use("one", 1.0), Use("one", -1.0)], None),
+    ]
+    got = tokens(running, [Request(prompt, adapter=asked, max_tokens=10) for asked, _ in cases])
+    for (asked, lowered), answer in zip(cases, got, strict=True):
+        assert answer == plain_greedy(base, prompt, lowered, 10), asked
+
+
+def test_what_cannot_be_combined_fails_alone_and_says_why() -> None:
+    base = small_base()
+    running = engine(base)
+    running.add("lora", lora(base, 1))
+    running.add("prompt", shaken(base, "prompt"))
+    events = list(running.generate([Request(ids(0, 5), adapter=["lora", "prompt"]), Request(ids(1, 5), max_tokens=3)]))
+    failed = [e for e in events if isinstance(e, Failed)]
+    assert [e.id for e in failed] == ["0"]
+    assert "can't share a row" in str(failed[0].error)
+    assert [e.id for e in events if isinstance(e, Finished)] == ["1"]
+
+
+def test_an_invoked_adapter_starts_at_its_last_invocation_and_shares_the_bases_prefix() -> None:
+    base = small_base()
+    plain = lora(base, 3)
+    adapter = replace(plain, spec=plain.spec.model_copy(update={"invocation": (7, 8)}))  # type: ignore[attr-defined]
+    running = engine(base)
+    running.add("invoked", adapter)
+    prompt = [*ids(1, 40), 7, 8, *ids(2, 10), 7, 8, 3, 4]
+    expected, so_far = [], list(prompt)
+    for _ in range(8):
+        so_far.append(int(plain_logits(base, so_far, lower(plain, base), switch=52)[-1].argmax()))
+        expected.append(so_far[-1])
+    first = running.complete([Request(prompt, max_tokens=4)])[0][0]
+    second = running.complete([Request(prompt, adapter="invoked", max_tokens=8)])[0][0]
+    assert list(second.tokens) == expected
+    assert first.usage.cached == 0
+    assert second.usage.cached == 48
+    without = ids(5, 20)
+    got = tokens(running, [Request(without, adapter="invoked", max_tokens=6)])[0]
+    assert got == plain_greedy(base, without, None, 6)
+
+
+def test_choices_share_the_prompt_and_differ_by_their_seed() -> None:
+    base = small_base()
+    running = engine(base)
+    request = Request(ids(0, 40), n=3, max_tokens=8, sampling=Sampling(temperature=1.5, seed=5))
+    first = running.complete([request])[0]
+    assert len({c.tokens for c in first}) > 1
+    assert [c.usage.cached for c in first] == [0, 32, 32]
+    assert [c.tokens for c in running.complete([request])[0]] == [c.tokens for c in first]
+
+
+def test_text_streams_stop_and_usage() -> None:
+    base = with_tokenizer(small_base(vocab_size=300))
+    running = engine(base)
+    whole = running.complete([Request("hello there", max_tokens=30, ignore_eos=True)])[0][0]
+    assert whole.reason == "length"
+    assert whole.usage.completion == 30
+    stop = whole.text[4:6]
+    events = list(running.generate([Request("hello there", max_tokens=30, stop=(stop,), ignore_eos=True)]))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.stop) == ("stop", stop)
+    assert finished.text == whole.text[: whole.text.index(stop)]
+    assert "".join(e.text for e in events if isinstance(e, Delta)) == finished.text
+    ending = whole.tokens[7]
+    ended = running.complete([Request("hello there", max_tokens=30, stop_tokens=(ending,), ignore_eos=True)])[0][0]
+    assert ended.reason == "stop"
+    assert ended.tokens == whole.tokens[: whole.tokens.index(ending) + 1]
+    longer = running.complete([Request("hello there", max_tokens=30, min_tokens=20, stop_tokens=(ending,))])[0][0]
+    assert longer.usage.completion >= 20
+
+
+def test_answers_follow_a_schema() -> None:
+    import json
+
+    base = with_tokenizer(small_base())
+    from veneer.engine import Constraint
+
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["red", "blue"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    running = engine(base)
+    running.add("a", lora(base, 1))
+    requests = [
+        Request(
+            "x", adapter=adapter, max_tokens=120, constraint=Constraint(kind, value), sampling=Sampling(1.0, seed=2)
+        )
+        for adapter in (None, "a")
+        for kind, value in (("json_schema", schema), ("regex", "[0-9]{3}-(ab|cd)"), ("grammar", 'start: "yes" | "no"'))
+    ]
+    answers = [choices[0] for choices in running.complete(requests)]
+    for answer in answers:
+        assert answer.reason == "stop"
+    for answer in answers[::3]:
+        found = json.loads(answer.text)
+        assert set(found) == {"ok", "kind"}
+        assert found["kind"] in ("red", "blue")
+    assert all(a.text in ("yes", "no") for a in answers[2::3])
+    with pytest.raises(VeneerError, match="constraint is refused"):
+        running.submit(Request("x", constraint=Constraint("grammar", "start: nonsense_rule")))
+
+
+# -- identity, lifecycle, faults ---------------------------------------------------------------------------------------
+
+
+def test_a_replaced_adapter_never_answers_from_the_old_ones_cache() -> None:
+    base = small_base()
+    old, new = lora(base, 1), lora(base, 2)
+    running = engine(base)
+    prompt = ids(0, 50)
+    digest = running.add("a", old)
+    first = running.complete([Request(prompt, adapter="a", max_tokens=6)])[0][0]
+    again = running.complete([Request(prompt, adapter="a", max_tokens=6)])[0][0]
+    assert (first.usage.cached, again.usage.cached) == (0, 48)
+    assert first.tokens == again.tokens
+    assert first.adapter == digest
+    with pytest.raises(Conflict):
+        running.add("a", new)
+    running.add("a", new, replace=True)
+    after = running.complete([Request(prompt, adapter="a", max_tokens=6)])[0][0]
+    assert after.usage.cached == 0
+    assert list(after.tokens) == plain_greedy(base, prompt, lowered_of(base, new), 6)
+
+
+def test_replacing_and_removing_while_a_stream_runs_leaves_the_stream_alone() -> None:
+    base = small_base()
+    old = lora(base, 1)
+    running = engine(base)
+    running.add("a", old)
+    prompt = ids(0, 10)
+    running.submit(Request(prompt, adapter="a", max_tokens=20, id="stream"))
+    running.step()
+    running.add("a", lora(base, 2), replace=True)
+    running.unload(old.digest)
+    assert running.residency.slots.states()[old.digest] == "draining"
+    events = _drain(running)
+    finished = next(e for e in events if isinstance(e, Finished))
+    assert list(finished.tokens) == plain_greedy(base, prompt, lowered_of(base, old), 20)
+    assert running.residency.slots.states()[old.digest] == "available"
+    running.remove("a")
+    with pytest.raises(NotFound):
+        running.submit(Request(prompt, adapter="a"))
+
+
+def _drain(running: Engine) -> list[Any]:
+    events = []
+    while running.busy:
+        events += running.step()
+        if running.last_step is None and running.loading:
+            running.wait(1.0)
+    return events
+
+
+class Shelf:
+    """A source that loads when it is told to, and may have bad adapters."""
+
+    def __init__(self, shelf: dict[str, Adapter | VeneerError], gate: threading.Event | None = None) -> None:
+        self.shelf, self.gate, self.loads = shelf, gate, 0
+
+    def resolve(self, name: str) -> Found:
+        if name not in self.shelf:
+            raise NotFound(f"no adapter is called '{name}'")
+        item = self.shelf[name]
+        digest = item.digest if isinstance(item, Adapter) else f"bad-{name}"
+        return Found(name, digest, 100_000, self._loader(item), f"{name}@1")
+
+    def _loader(self, item: Adapter | VeneerError) -> Callable[[], Adapter]:
+        def load() -> Adapter:
+            self.loads += 1
+            if self.gate is not None:
+                assert self.gate.wait(20)
+            if isinstance(item, VeneerError):
+                raise item
+            return item
+
+        return load
+
+
+def test_a_cold_adapter_loads_beside_the_streams_and_a_bad_one_harms_nobody() -> None:
+    base = small_base()
+    cold = lora(base, 1)
+    gate = threading.Event()
+    shelf = Shelf({"cold": cold, "bad": FormatError("tensor A is truncated")}, gate)
+    running = engine(base, source=shelf)
+    prompt = ids(0, 8)
+    for name in (None, "cold", "bad"):
+        running.submit(Request(prompt, adapter=name, max_tokens=10, id=name or "base"))
+    events = []
+    for _ in range(10):
+        events += running.step()
+    assert [e.id for e in events if isinstance(e, Finished)] == ["base"]
+    assert running.busy
+    gate.set()
+    events = _drain(running)
+    cold_answer = next(e for e in events if isinstance(e, Finished))
+    assert list(cold_answer.tokens) == plain_greedy(base, prompt, lowered_of(base, cold), 10)
+    failed = next(e for e in events if isinstance(e, Failed))
+    assert failed.id == "bad"
+    assert "truncated" in str(failed.error)
+    running.submit(Request(prompt, adapter="bad", id="again"))
+    assert isinstance(running.step()[0], Failed), "a bad adapter is not read again at once"
+    assert shelf.loads == 2
+
+
+def test_adapters_that_do_not_fit_together_take_turns() -> None:
+    base = small_base()
+    adapters = {str(i): lora(base, i) for i in range(4)}
+    first = engine(base)
+    first.add("0", adapters["0"])
+    size = first.residency.slots.charged
+    shelf = Shelf(dict(adapters))
+    running = engine(base, source=shelf, adapter_bytes=2 * size + 100_000)
+    prompts = {name: ids(int(name), 9) for name in adapters}
+    got = tokens(running, [Request(p, adapter=n, max_tokens=6) for n, p in prompts.items()])
+    for (name, prompt), answer in zip(prompts.items(), got, strict=True):
+        assert answer == plain_greedy(base, prompt, lowered_of(base, adapters[name]), 6)
+    assert running.residency.slots.counters.evictions >= 1
+
+
+def poisons(base: Base) -> dict[str, Adapter]:
+    good = lora(base, 1)
+    other = lora(small_base(hidden_size=48), 1)
+    part = good.parts[0]
+    wrong_rank = replace(part, tensors={"A": part.tensors["A"][:2], "B": part.tensors["B"]})
+    nan = replace(part, tensors={"A": part.tensors["A"] * torch.nan, "B": part.tensors["B"]})
+    stray = replace(part, target="model.layers.9.self_attn.q_proj")
+    return {
+        "other base": other,
+        "rank": replace(good, parts=(wrong_rank, *good.parts[1:])),
+        "nan": replace(good, parts=(nan, *good.parts[1:])),
+        "layer": replace(good, parts=(stray, *good.parts[1:])),
+    }
+
+
+@pytest.mark.parametrize("kind", ["other base", "rank", "nan", "layer"])
+def test_a_poisoned_adapter_is_refused_before_it_can_do_harm(kind: str) -> None:
+    base = small_base()
+    bad = poisons(base)[kind]
+    running = engine(base, source=Shelf({"bad": bad}))
+    with pytest.raises(VeneerError):
+        running.add("bad", bad)
+    events = list(running.generate([Request(ids(0, 5), adapter="bad"), Request(ids(1, 5), max_tokens=4)]))
+    assert [e.id for e in events if isinstance(e, Failed)] == ["0"]
+    assert [e.id for e in events if isinstance(e, Finished)] == ["1"]
+
+
+def test_scores_that_blow_up_end_one_stream_only() -> None:
+    base = small_base()
+    huge = lora(base, 1).map_tensors(lambda t: t * 1e30)
+    running = engine(base)
+    running.add("huge", huge)
+    requests = [Request(ids(i, 9), adapter="huge" if i == 1 else None, max_tokens=6) for i in range(3)]
+    events = list(running.generate(requests))
+    assert [e.id for e in events if isinstance(e, Failed)] == ["1"]
+    for event in events:
+        if isinstance(event, Finished):
+            assert list(event.tokens) == plain_greedy(base, ids(int(event.id), 9), None, 6)
+    follow_up = tokens(running, [Request(ids(7, 9), max_tokens=6)])[0]
+    assert follow_up == plain_greedy(base, ids(7, 9), None, 6)
+
+
+def test_cancelling_and_timing_out_give_everything_back() -> None:
+    now = [0.0]
+    base = small_base()
+    running = engine(base, clock=lambda: now[0])
+    running.add("a", lora(base, 1))
+    running.submit(Request(ids(0, 9), adapter="a", n=2, max_tokens=50, id="x"))
+    running.submit(Request(ids(1, 9), adapter="a", max_tokens=50, id="y", timeout=5.0))
+    running.step()
+    running.step()
+    cancelled = running.cancel("x")
+    assert [e.reason for e in cancelled if isinstance(e, Finished)] == ["cancelled", "cancelled"]
+    now[0] = 6.0
+    ended = [e for e in running.step() if isinstance(e, Finished)]
+    assert [(e.id, e.reason) for e in ended] == [("y", "timeout")]
+    assert not running.busy
+    assert running.book.promised == 0
+    slot = next(iter(running.residency.slots.states()))
+    assert running.residency.slots.slot(slot).uses == 0
+    assert running.cancel("x") == []
+
+
+def test_memory_of_keys_and_values_is_bounded_and_refusals_say_the_numbers() -> None:
+    base = small_base()
+    position = Engine(base, kv_bytes=MB, adapter_bytes=MB).book.position
+    running = engine(base, kv_bytes=130 * position)
+    with pytest.raises(ResourceError, match="positions"):
+        running.submit(Request(ids(0, 100), max_tokens=100))
+    prompts = [ids(i, 20) for i in range(6)]
+    got = tokens(running, [Request(p, max_tokens=20) for p in prompts])
+    assert got == [plain_greedy(base, p, None, 20) for p in prompts]
+    assert running.book.promised + running.book.kept <= running.book.budget
+    open_ended = running.complete([Request(ids(9, 20), max_tokens=None)])[0][0]
+    assert open_ended.reason == "length"
+    assert open_ended.usage.completion == 128 - 20 + 1
+
+
+def test_too_many_waiting_requests_are_turned_away() -> None:
+    running = engine(small_base(), limits=Limits(waiting=3))
+    for i in range(3):
+        running.submit(Request(ids(i, 5)))
+    with pytest.raises(ResourceError, match="waiting"):
+        running.submit(Request(ids(9, 5)))
+    assert len(running.complete(Request(ids(i, 5), max_tokens=2, id=f"late-{i}") for i in range(9))) == 9
+
+
+def test_the_reproducible_mode_gives_the_same_bits_in_any_company() -> None:
+    base = small_base(dtype=torch.bfloat16)
+    adapter = lora(base, 1)
+    mine = Request(ids(0, 30), adapter="a", max_tokens=15, sampling=Sampling(0.9, seed=4), logprobs=5)
+
+    def answer(company: list[Request]) -> Finished:
+        running = engine(base, reproducible=True, limits=Limits(fixed=8))
+        running.add("a", adapter)
+        running.add("b", lora(base, 2))
+        return running.complete([*company, mine])[-1][0]
+
+    alone = answer([])
+    crowd = [Request(ids(i, 5 + 9 * i), adapter="b" if i % 2 else None, max_tokens=9) for i in range(5)]
+    together = answer(crowd)
+    assert together.tokens == alone.tokens
+    assert together.logprobs == alone.logprobs
+
+
+def test_bad_prompts_are_refused_before_they_wait() -> None:
+    running = engine(small_base())
+    for prompt, word in (([], "empty"), ([999], "vocabulary"), ("text", "tokenizer"), (ids(0, 512), "context|reads")):
+        with pytest.raises(VeneerError, match=word):
+            running.submit(Request(prompt))
+    with pytest.raises(VeneerError, match="context"):
+        running.submit(Request(ids(0, 400), max_tokens=113))
+    with pytest.raises(NotFound, match="did you mean"):
+        running.add("tickets", lora(running.base, 1))  # type: ignore[arg-type]
+        running.submit(Request([1], adapter="tikets"))
+    assert not running.busy
+
+
+def test_leaving_the_iterator_early_ends_what_it_started() -> None:
+    running = engine(small_base())
+    for _ in running.generate([Request(ids(0, 5), max_tokens=50), Request(ids(1, 5), max_tokens=50)]):
+        break
+    assert not running.busy
