@@ -4,7 +4,7 @@ softmax(scale * q k^T) v inside each sequence. H query heads share K key heads (
 h // (H / K). With a softcap the scores become cap * tanh(scores / cap) before the mask (Gemma 2). With a window w, query i
 sees keys j with i - w < j <= i. Prefix keys stand before position 0, so every query sees them, the window permitting.
 
-What is kept for the backward pass is written in `blocks.py`, where the arithmetic is.
+What is kept for the backward pass is written in `blocks.py`, where the arithmetic is; `native/` has the same in C.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.ops import blocks
 from veneer.ops.blocks import Piece, Scores
+from veneer.ops.native import attention as native
 
 Prefix: TypeAlias = Sequence[tuple[Tensor, Tensor] | None]
 """Per sequence: keys and values `[p, K, D]` that stand before it, or None."""
@@ -134,7 +135,8 @@ def _with_prefix(x: Tensor, lengths: Sequence[int], prefix: Prefix, which: int) 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], how: Scores) -> Tensor:
-        out, lse = blocks.forward(q, k, v, pieces, how)
+        forward = native.forward if native.fits(q, k, v, how) else blocks.forward
+        out, lse = forward(q, k, v, pieces, how)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = pieces, how
         return out
@@ -143,4 +145,5 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         pieces, how = ctx.rest
         q, k, v, out, lse = ctx.saved_tensors
-        return (*blocks.backward(q, k, v, out, lse, d_out, pieces, how), None, None)
+        backward = native.backward if native.fits(q, k, v, how) else blocks.backward
+        return (*backward(q, k, v, out, lse, d_out, pieces, how), None, None)

@@ -1,0 +1,98 @@
+"""Compile the C files of this folder on first use, once for each machine, compiler and version of the source.
+
+A kernel is an optional extra: without a compiler, without the instructions, or with VENEER_NATIVE=0, `library()` is None and
+every operation takes its plain torch form, which computes the same. Nothing is fetched; the system's own `cc` is asked.
+
+The surprise: OpenMP. The library asks for `libgomp.so.1` and gets the copy that torch has already loaded, so both share one set
+of threads and never stand in each other's way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where the plain forms are to be used. Decided once a process."""
+    reason = _obstacle()
+    if reason is not None:
+        log.info("native kernels: off (%s)", reason)
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as problem:
+        detail = getattr(problem, "stderr", None) or problem
+        log.warning(
+            "native kernels: off, as they could not be built; the plain forms are slower. %s", str(detail)[:500]
+        )
+        return None
+
+
+def _obstacle() -> str | None:
+    if os.environ.get("VENEER_NATIVE", "1") == "0":
+        return "VENEER_NATIVE=0"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"{platform.system()} on {platform.machine()}"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "the CPU has no AVX512-BF16"
+    return None if _compiler() else "no C compiler"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: VENEER_CACHE, or the user's cache folder."""
+    base = os.environ.get("VENEER_CACHE")
+    return (
+        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer"
+    ) / "native"
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + repr(FLAGS).encode() + _cpu().encode())
+    for source in sorted((*HERE.glob("*.c"), *HERE.glob("*.h"))):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _cpu() -> str:
+    """What `-march=native` sees: the model and its flags."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    lines = text.split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.split("\t")[0] in ("model name", "flags", "cpu family", "model"))
+
+
+def _compiled() -> Path:
+    compiler = _compiler()
+    assert compiler is not None
+    target = cache_folder() / f"{_key(compiler)}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sources = [str(path) for path in sorted(HERE.glob("*.c"))]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fresh = Path(folder) / "kernels.so"
+        command = [compiler, *FLAGS, *sources, "-o", str(fresh), "-lm"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        fresh.replace(target)
+    return target

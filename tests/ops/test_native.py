@@ -1,0 +1,125 @@
+"""The C kernels give what the plain forms give, more exactly, and step aside where they cannot be built."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.ops import blocks
+from veneer.ops.attention import attention
+from veneer.ops.blocks import Piece, Scores
+from veneer.ops.native import attention as native
+from veneer.ops.native import build
+
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
+
+
+def pieces_of(*lengths: int) -> list[Piece]:
+    return [Piece(sum(lengths[:i]), n, sum(lengths[:i]), n) for i, n in enumerate(lengths)]
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "pieces, heads, kv, d, window",
+    [
+        (pieces_of(128, 128), 3, 1, 64, None),
+        (pieces_of(1, 77, 130, 2, 64, 65), 4, 2, 32, None),
+        (pieces_of(1, 77, 150), 2, 2, 80, 50),
+        (pieces_of(140, 3), 2, 1, 128, 7),
+        (pieces_of(70), 2, 1, 256, None),
+        ([Piece(0, 5, 0, 150), Piece(5, 100, 150, 233)], 4, 2, 16, None),
+    ],
+    ids=["even", "ragged", "window", "narrow", "wide", "prefix"],
+)
+def test_attention_is_the_plain_form(pieces: list[Piece], heads: int, kv: int, d: int, window: int | None) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, t = sum(p.n for p in pieces), sum(p.t for p in pieces)
+    q, k, v, dy = (torch.randn(r, h, d, generator=g).bfloat16() for r, h in ((n, heads), (t, kv), (t, kv), (n, heads)))
+    how = Scores(2 * d**-0.5, window, None)
+    assert native.fits(q, k, v, how)
+    wide = [x.double() for x in (q, k, v)]
+    exact = blocks.forward(*wide, pieces, how)
+    exact += blocks.backward(*wide, *exact, dy.double(), pieces, how)
+    results = []
+    for run in (native, blocks):
+        found = run.forward(q, k, v, pieces, how)
+        found += run.backward(q, k, v, *found, dy, pieces, how)
+        results.append([relative(a, b) for a, b in zip(found, exact, strict=True)])
+    ours, plain = results
+    assert max(ours) < 5e-3
+    assert all(a <= b for a, b in zip(ours, plain, strict=True))
+
+
+@needs_kernels
+def test_attention_gives_the_same_bits_every_time() -> None:
+    """Work is handed to threads as they come free; sums must not depend on it. Nor on columns of the input in between."""
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(300, 5 * 64, generator=g).bfloat16()
+    q, k, v = (x.unflatten(1, (-1, 64)) for x in wide.split([192, 64, 64], dim=1))
+    dy = torch.randn(300, 3, 64, generator=g).bfloat16()
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves, [200, 100], scale=0.1)
+        return [out, *torch.autograd.grad(out, leaves, dy)]
+
+    torch.set_num_threads(2)
+    try:
+        first = run(q, k, v)
+        for again in (run(q, k, v), run(q.contiguous(), k.contiguous(), v.contiguous())):
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_kernels
+def test_scores_far_from_zero() -> None:
+    """Neither very large nor very small scores may overflow, in columns with a query or in those that fill a vector up."""
+    for sign in (1, -1):
+        q = torch.full((20, 1, 16), 30.0).bfloat16().requires_grad_()
+        k = torch.full((20, 1, 16), 30.0 * sign).bfloat16().requires_grad_()
+        v = torch.randn(20, 1, 16).bfloat16().requires_grad_()
+        out = attention(q, k, v, [20], scale=1.0)
+        grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+        assert all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_NATIVE", "0")
+    assert build.library.__wrapped__() is None
+
+
+def test_a_compiler_that_fails_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if build._obstacle() is not None:
+        pytest.skip("nothing to build here")
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken && exit 0\necho no such header >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert build.library.__wrapped__() is None
+    assert "no such header" in caplog.text
+    assert not list((tmp_path / "native").iterdir())
+
+
+@needs_kernels
+def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = build._compiled()
+    monkeypatch.setattr(
+        build.subprocess, "run", lambda *a, **k: pytest.fail("compiled again") if len(a[0]) > 2 else real(*a, **k)
+    )
+    assert build._compiled() == first
+
+
+real = build.subprocess.run
