@@ -76,7 +76,15 @@ def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(TargetError) as caught:
         select(shape(), spec)
     text = str(caught.value)
-    for part in ("'q_prj' matches nothing", "did you mean 'q_proj'", "gate_proj", "o_proj", "v_proj", "rank 9 at", "help:"):
+    for part in (
+        "'q_prj' matches nothing",
+        "did you mean 'q_proj'",
+        "gate_proj",
+        "o_proj",
+        "v_proj",
+        "rank 9 at",
+        "help:",
+    ):
         assert part in text, part
 
 

@@ -83,9 +83,9 @@ def _question(kind: str, rank: int, work: Work) -> Question:
 
 
 def _from_run_file(path: Path, work: Work) -> tuple[str, list[Question]]:
-    from veneer.train.config import read_config
+    from veneer.train import read_runs
 
-    run = read_config(path).config
+    run = read_runs(path)[0].config
     tokens = run.train.tokens_per_pass
     work = replace(
         work,

@@ -11,7 +11,8 @@ Then:
 
     veneer train tickets.yaml --set train.lr=1e-4
 
-Ctrl+C saves a checkpoint after the current step; --resume goes on from it, bit for bit.
+A list under `runs` trains several adapters over one base in memory, taking turns. Ctrl+C saves a
+checkpoint after the current step; --resume goes on from it, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +30,8 @@ from veneer.cli._options import Json
 from veneer.cli._output import bytes_text, count_text, note, say, say_json, say_table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from veneer.train import Event, Preflight
     from veneer.train.config import Resolved
 
@@ -39,38 +43,54 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    from veneer.train import read_config
+    from veneer.train import read_runs
 
-    resolved = read_config(config, settings or [], out)
-    folder, reason = run(resolved, resume=resume, quiet=as_json)
+    runs = read_runs(config, settings or [], out)
+    ended = run(runs, resume=resume, quiet=as_json)
     if as_json:
-        say_json({"out": str(folder), "adapter": str(folder / "adapter"), "ended": reason})
-    else:
-        say(f"{reason}: the adapter is in {folder / 'adapter'}, the report in {folder / 'report.md'}")
-    if reason == "stopped":
-        note("stopped on request; go on with --resume")
+        say_json([{"out": str(e.out), "adapter": str(e.out / "adapter"), "ended": e.reason} for e in ended])
+    for one in ended if not as_json else ():
+        if one.reason.startswith("failed"):
+            say(f"{one.out}: {one.reason}")
+        else:
+            say(f"{one.reason}: the adapter is in {one.out / 'adapter'}, the report in {one.out / 'report.md'}")
+    if any(one.reason != "done" and one.reason != "patience" for one in ended):
         raise typer.Exit(1)
 
 
-def run(resolved: Resolved, *, resume: bool, quiet: bool) -> tuple[Path, str]:
-    """Train what a run file says, with a progress bar on standard error. Returns the folder and why it ended."""
+@dataclass(frozen=True)
+class Ended:
+    """How one run ended: "done", "patience", "stopped" or "failed: ..."."""
+
+    out: Path
+    reason: str
+
+
+def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
+    """Train what a run file says, with a progress bar on standard error for each run."""
     from veneer.models.load import load_base
-    from veneer.train import Finished, Preflight, read_task, run_task
+    from veneer.train import Failed, Finished, Preflight, read_task, run_many
     from veneer.train.report import write_report
 
-    config = resolved.config
-    base = load_base(config.base, dtype=config.train.dtype, quantize=config.quantize)
-    task = read_task(base, resolved)
-    reason = "done"
-    with stop_flag() as should_stop, progress() as show:
-        for event in run_task(base, task, config.out, resume=resume, should_stop=should_stop):
+    first = runs[0].config
+    base = load_base(first.base, dtype=first.train.dtype, quantize=first.quantize)
+    tasks = {str(r.config.out): (read_task(base, r), r.config.out) for r in runs}
+    reasons: dict[str, str] = {}
+    with stop_flag() as should_stop, progress(list(tasks)) as show:
+        for name, event in run_many(base, tasks, resume=resume, should_stop=should_stop):
             if isinstance(event, Preflight) and not quiet:
-                show_preflight(event)
-            if isinstance(event, Finished):
-                reason = event.reason
-            show(event)
-    write_report(config.out)
-    return config.out, reason
+                show_preflight(event, name if len(runs) > 1 else "")
+            if isinstance(event, Failed):
+                if len(runs) == 1:
+                    raise event.error
+                reasons[name] = f"failed: {event.error}"
+            else:
+                reasons[name] = event.reason if isinstance(event, Finished) else reasons.get(name, "")
+                show(name, event)
+    for name in tasks:
+        if not reasons[name].startswith("failed"):
+            write_report(Path(name))
+    return [Ended(Path(name), reasons[name]) for name in tasks]
 
 
 @contextmanager
@@ -101,8 +121,10 @@ class Stop:
         note("stopping after this step; once more to stop at once")
 
 
-def show_preflight(event: Preflight) -> None:
+def show_preflight(event: Preflight, name: str) -> None:
     """Parameters, memory, steps and warnings, before the first step."""
+    if name:
+        say(name)
     say_table(("targets", "where", "parameters"), [(e, w, count_text(n)) for e, w, n in event.targets])
     memory = ", ".join(f"{name} {bytes_text(size)}" for name, size in event.memory.items())
     share = event.trained_parameters / max(1, event.base_parameters)
@@ -114,12 +136,13 @@ def show_preflight(event: Preflight) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Show]:
-    """A bar with loss, speed, memory and the time left, on standard error."""
+def progress(names: list[str]) -> Iterator[Show]:
+    """A bar for each run with loss, speed, memory and the time left, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
@@ -129,25 +152,32 @@ def progress() -> Iterator[Show]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield Show(bar)
+        yield Show(bar, names)
 
 
 class Show:
-    """Renders events on a progress bar."""
+    """Renders events on progress bars."""
 
-    def __init__(self, bar: object) -> None:
-        from rich.progress import Progress
-
-        assert isinstance(bar, Progress)
+    def __init__(self, bar: Progress, names: list[str]) -> None:
         self.bar = bar
-        self.id = bar.add_task("train", total=None, loss=float("nan"), held_out="-", rate=0.0, memory="")
+        self.ids = {
+            n: bar.add_task(
+                Path(n).name if len(names) > 1 else "train",
+                total=None,
+                loss=float("nan"),
+                held_out="-",
+                rate=0.0,
+                memory="",
+            )
+            for n in names
+        }
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, name: str, event: Event) -> None:
         from veneer.train import Evaluation, Step
 
         if isinstance(event, Step):
             self.bar.update(
-                self.id,
+                self.ids[name],
                 total=event.total,
                 completed=event.step,
                 loss=event.loss,
@@ -155,4 +185,4 @@ class Show:
                 memory=bytes_text(event.peak_bytes),
             )
         elif isinstance(event, Evaluation) and event.eval_loss is not None:
-            self.bar.update(self.id, held_out=f"{event.eval_loss:.3f}")
+            self.bar.update(self.ids[name], held_out=f"{event.eval_loss:.3f}")

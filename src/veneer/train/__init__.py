@@ -1,13 +1,15 @@
 """Training: `train` for one call from data to adapter, `run_task` for the events behind it."""
 
 from veneer.train.api import read_task, train
-from veneer.train.config import RunConfig, TrainConfig, read_config
+from veneer.train.config import RunConfig, TrainConfig
 from veneer.train.events import Evaluation, Event, Finished, Preflight, Saved, Step
+from veneer.train.many import Failed, read_runs, run_many
 from veneer.train.run import Task, run_task
 
 __all__ = [
     "Evaluation",
     "Event",
+    "Failed",
     "Finished",
     "Preflight",
     "RunConfig",
@@ -15,8 +17,9 @@ __all__ = [
     "Step",
     "Task",
     "TrainConfig",
-    "read_config",
+    "read_runs",
     "read_task",
+    "run_many",
     "run_task",
     "train",
 ]

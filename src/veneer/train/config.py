@@ -95,18 +95,12 @@ class Resolved:
         return "".join(_lines(values, "", self.origins, 0))
 
 
-def read_config(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Resolved:
-    """Read a run file. Paths inside it are relative to its folder."""
-    values, origins = _read_yaml(path)
-    for override in overrides:
-        _apply(override, values, origins)
-    if out is not None:
-        values["out"], origins["out"] = str(out), "--out"
+def resolve_paths(values: dict[str, Any], origins: Mapping[str, str], folder: Path) -> None:
+    """Make data paths of a file relative to its folder. Paths from `--set` are relative to where the command runs."""
+    data = values.get("data")
     for key in ("train", "eval", "general"):
-        data = values.get("data")
         if isinstance(data, dict) and isinstance(data.get(key), str) and origins.get(f"data.{key}") != "--set":
-            data[key] = str((path.parent / data[key]).resolve())
-    return Resolved(validate(RunConfig, values, str(path)), origins)
+            data[key] = str((folder / data[key]).resolve())
 
 
 def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> RunConfig:
@@ -167,7 +161,8 @@ def _section_of(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
     return model
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a run file, and the line that each of them stands on."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -200,7 +195,8 @@ def _collect_origins(node: yaml.MappingNode, prefix: str, file: str, origins: di
             origins[f"{prefix}{key.value}"] = f"{file}:{key.start_mark.line + 1}"
 
 
-def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:
+def apply_override(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Lay one `a.b=value` of the command line over the values."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override}: expected a.b=value", help="for example --set train.lr=1e-4")
