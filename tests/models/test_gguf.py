@@ -1,0 +1,140 @@
+""".gguf files: every family's tensors come back in the checkpoint's order, and damaged files are refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tests.models import gguf_writer, tiny
+
+from veneer.errors import FormatError, Unsupported
+from veneer.models.families import decoder_config
+from veneer.models.gguf import GgufFile
+from veneer.models.gguf_file import Container
+from veneer.models.load import load_base
+
+VARIANTS = (
+    "llama",
+    "llama-tied-mha",
+    "llama-linear",
+    "llama-yarn",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "gpt2",
+)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tensors_and_config_come_back(name: str, tmp_path: Path) -> None:
+    changes = {"query_pre_attn_scalar": 16} if name.startswith("gemma") else {}
+    if name == "gemma3_text":
+        changes |= {"sliding_window_pattern": 6, "num_hidden_layers": 6}
+    model = tiny.hf_model(name, **changes)
+    file = GgufFile(gguf_writer.write(model, tmp_path / "m.gguf"))
+    wanted = decoder_config(json.loads(model.config.to_json_string()))
+    found = decoder_config(file.config)
+    assert found.norm_eps == pytest.approx(wanted.norm_eps)
+    assert found.rope.theta == pytest.approx(wanted.rope.theta)
+    assert found.attention_softcap == pytest.approx(wanted.attention_softcap)
+    alike = {f: getattr(wanted, f) for f in ("norm_eps", "rope", "local_rope", "attention_softcap", "logit_softcap")}
+    assert replace(found, **alike) == wanted
+    assert found.rope.dim == wanted.rope.dim
+    stored = model.state_dict()
+    for tensor in set(stored) - ({"lm_head.weight"} if wanted.tied_head else set()):
+        assert file.shapes[tensor] == tuple(stored[tensor].shape)
+        assert torch.allclose(file.read(tensor), stored[tensor], atol=1e-6), tensor
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_logits_equal_transformers_load_of_the_same_file(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    gguf_writer.write(tiny.hf_model(name), tmp_path / "m.gguf")
+    base = load_base(tmp_path / "m.gguf", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert (base.logits(ids) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert base.tokenizer is None
+
+
+def test_llama_3_frequencies_come_as_a_tensor(tmp_path: Path) -> None:
+    divisors = torch.linspace(1.0, 8.0, 6)
+    model = tiny.hf_model("llama")
+    file = GgufFile(gguf_writer.write(model, tmp_path / "m.gguf", **{"rope_freqs.weight": divisors}))
+    scaling = decoder_config(file.config).rope.scaling
+    assert scaling["short_factor"] == scaling["long_factor"] == pytest.approx(divisors.tolist())
+    assert scaling["attention_factor"] == 1.0
+    assert "rope_freqs.weight" not in file.shapes
+
+
+def test_quantised_blocks_are_dequantised_as_gguf_does(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
+    writer = gguf.GGUFWriter(str(tmp_path / "q.gguf"), "llama")
+    kinds = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32")
+    for kind in kinds:
+        packed = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(kind, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = Container(tmp_path / "q.gguf")
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(str(tmp_path / "q.gguf")).tensors}
+    for kind in kinds:
+        wanted = gguf.quants.dequantize(theirs[kind].data, theirs[kind].tensor_type)
+        assert np.array_equal(file.dense(kind).numpy(), wanted.astype(np.float32)), kind
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    whole = gguf_writer.write(tiny.hf_model("llama"), tmp_path / "m.gguf").read_bytes()
+    for name, content in {
+        "empty": b"",
+        "text": b"not a model at all",
+        "cut header": whole[:90],
+        "cut data": whole[:-100],
+        "version": whole[:4] + b"\x09\x00\x00\x00" + whole[8:],
+        "huge count": whole[:16] + b"\xff" * 8 + whole[24:],
+    }.items():
+        (tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match="complete GGUF"):
+            load_base(tmp_path / "bad.gguf")
+        assert name
+    writer = gguf.GGUFWriter(str(tmp_path / "mamba.gguf"), "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(Unsupported, match="'mamba' model"):
+        load_base(tmp_path / "mamba.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_the_demo_base_says_what_transformers_says() -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    from veneer.models.catalog import find
+
+    path = find("smollm2-135m")
+    base = load_base("smollm2-135m", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ids = torch.tensor([base.require_tokenizer().encode("The capital of France is Paris, and the capital of Italy is")])
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        found = base.logits(ids)
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert base.require_tokenizer().decode([int(found[0, -1].argmax())]) == " Rome"
