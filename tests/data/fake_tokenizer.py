@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 
+from veneer.errors import DataError
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -106,4 +108,7 @@ class FakeTokenizer:
         environment = jinja2.Environment(undefined=jinja2.Undefined)
         environment.globals["raise_exception"] = fail
         template = environment.from_string(self.template)
-        return template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        try:
+            return template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from error

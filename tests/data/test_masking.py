@@ -79,18 +79,20 @@ def test_a_turn_that_renders_differently_in_the_history_is_refused_with_a_way_ou
 
 
 def test_a_generation_prompt_that_is_not_a_prefix_is_refused() -> None:
-    with pytest.raises(DataError, match="differently once the answer follows"):
+    with pytest.raises(DataError, match="not what it writes before the answer"):
         learned(FakeTokenizer(fake.BROKEN_PROMPT), TALK)
 
 
-def test_a_conversation_the_assistant_opens_is_refused_where_the_template_adds_a_system_prompt() -> None:
+def test_a_conversation_the_assistant_opens_is_refused() -> None:
     with pytest.raises(DataError, match=r"messages\[0\]") as caught:
-        learned(FakeTokenizer(fake.DEFAULT_SYSTEM), TALK[1:])
+        learned(FakeTokenizer(), TALK[1:])
     assert "user message" in str(caught.value.help)
+    talk = [{**TALK[1], "weight": 0}, *TALK[2:]]
+    assert learned(FakeTokenizer(), talk) == ["Bob<|im_end|>"]
 
 
-def test_a_failing_template_names_the_roles() -> None:
-    with pytest.raises(DataError, match=r"\[system, user, assistant.*only user and assistant"):
+def test_a_failing_template_is_a_data_error_with_its_words() -> None:
+    with pytest.raises(DataError, match="only user and assistant"):
         learned(FakeTokenizer(fake.INST, eos=["</s>"]), [{"role": "system", "content": "x"}, *TALK], "last")
 
 

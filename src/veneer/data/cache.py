@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,11 +28,6 @@ ARRAYS = ("tokens", "weights", "offsets", "lines", "bytes")
 log = logging.getLogger(__name__)
 
 
-def cache_root() -> Path:
-    """The folder of everything that can be made again: VENEER_CACHE, or ~/.cache/veneer."""
-    return Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer")
-
-
 def prepare(
     path: str | Path,
     tokenizer: TextTokenizer,
@@ -44,7 +38,9 @@ def prepare(
     train_on: TrainOn = "assistant",
     cache: Path | None = None,
 ) -> Dataset:
-    """`encode(load(path))`, from the cache where the same was asked before. `cache` is its root (None: `cache_root()`)."""
+    """`encode(load(path))`, from the cache where the same was asked before. `cache` is its root (None: `cache_folder()`)."""
+    from veneer.models.cache import cache_folder  # brings torch
+
     check_choices(max_length, on_too_long, train_on)
     made_from = {
         "layout": LAYOUT,
@@ -58,7 +54,7 @@ def prepare(
         "train_on": train_on,
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    place = (cache_root() if cache is None else cache) / "tokens" / key[:2] / key
+    place = (cache_folder() if cache is None else cache) / "tokens" / key[:2] / key
     found = _read(place, str(path))
     if found is not None:
         return found

@@ -2,7 +2,7 @@
 
 | format            | keys                                                    | becomes |
 |-------------------|---------------------------------------------------------|---------|
-| messages          | messages [{role, content, weight?}], tools?             | chat    |
+| messages          | messages [{role, content, weight?}], tools?, accepted?  | chat    |
 | conversations     | conversations [{from, value, weight?}], system?, tools? | chat    |
 | alpaca            | instruction, output, input?, system?, history?          | chat    |
 | prompt/completion | prompt, completion                                      | raw     |
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.data.guess import advice
@@ -194,7 +194,12 @@ def _tools(tools: Any, say: Say) -> tuple[Mapping[str, Any], ...] | None:
 
 
 def _from_messages(record: Record, say: Say) -> Chat | None:
-    return messages_row(record.line, record.value["messages"], record.value.get("tools"), say)
+    accepted = record.value.get("accepted") or []
+    if not isinstance(accepted, list) or not all(isinstance(text, str) for text in accepted):
+        say(f"'accepted' is {json_type(accepted)}, expected a list of texts")
+        return None
+    row = messages_row(record.line, record.value["messages"], record.value.get("tools"), say)
+    return None if row is None else replace(row, accepted=tuple(accepted))
 
 
 def _from_conversations(record: Record, say: Say) -> Chat | None:
@@ -280,7 +285,7 @@ def _texts(record: Record, keys: tuple[str, ...], say: Say) -> dict[str, str] | 
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("tools",), _from_messages),
+    "messages": Format(("messages",), ("tools", "accepted"), _from_messages),
     "conversations": Format(("conversations",), ("system", "tools"), _from_conversations),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _from_alpaca),
     "prompt/completion": Format(("prompt", "completion"), (), _from_pair),

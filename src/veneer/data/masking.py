@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from veneer.data.rows import Chat, Raw, Row
-from veneer.errors import DataError, VeneerError
+from veneer.errors import DataError
 
 TrainOn: TypeAlias = Literal["assistant", "last", "all"]
 """Which turns carry a loss: every one of the assistant's, its last, or every token of the row."""
@@ -59,7 +58,8 @@ class TextTokenizer(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
-    ) -> str: ...
+    ) -> str:
+        """The conversation as text. What the template refuses is a DataError."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,27 +144,30 @@ def _spans(row: Chat, tokenizer: TextTokenizer, train_on: TrainOn) -> tuple[str,
     else:
         turns = [i for i in turns if weights[i] > 0]
         end = turns[-1] + 1 if turns else len(row.messages)
-    text = _render(tokenizer, row, end)
+    text = tokenizer.render(row.messages[:end], tools=row.tools)
     spans = []
     for i in turns:
-        before = _render(tokenizer, row, i, prompt=True)
-        after = text if i + 1 == end else _render(tokenizer, row, i + 1)
-        _check_prefix(row, i, before, after, text)
+        if i == 0:
+            raise DataError(
+                "messages[0] is from the assistant: there is nothing it answers",
+                help="start the conversation with a user message, or give this one weight 0",
+            )
+        before = tokenizer.render(row.messages[:i], tools=row.tools, add_generation_prompt=True)
+        after = text if i + 1 == end else tokenizer.render(row.messages[: i + 1], tools=row.tools)
+        _check_prefix(i, before, after, text)
         spans.append(_Span(len(before), len(after), weights[i]))
     return text, spans
 
 
-def _check_prefix(row: Chat, i: int, before: str, after: str, text: str) -> None:
+def _check_prefix(i: int, before: str, after: str, text: str) -> None:
+    """The prompt must open the conversation with the answer, and that must open the whole text."""
     if not after.startswith(before):
-        common = next(
-            (k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-        )
+        same = (a == b for a, b in zip(before, after, strict=False))
+        common = next((k for k, equal in enumerate(same) if not equal), min(len(before), len(after)))
         raise DataError(
-            f"messages[{i}]: the template renders the conversation up to this turn differently once the answer follows "
-            f"(prompt {before[common : common + 30]!r}, conversation {after[common : common + 30]!r})",
-            help="start the conversation with a user message"
-            if i == 0
-            else "give the base a template whose generation prompt is what it writes before an answer",
+            f"messages[{i}]: the template's prompt for this turn is not what it writes before the answer "
+            f"({before[common : common + 30]!r} against {after[common : common + 30]!r})",
+            help="give the base a template whose generation prompt is what it writes before an answer",
         )
     if not text.startswith(after):
         raise DataError(
@@ -172,21 +175,6 @@ def _check_prefix(row: Chat, i: int, before: str, after: str, text: str) -> None
             "what the model is asked to write",
             help="train_on: last learns the last turn only; to learn every turn, write one row for each",
         )
-
-
-def _render(tokenizer: TextTokenizer, row: Chat, end: int, *, prompt: bool = False) -> str:
-    messages = row.messages[:end]
-    try:
-        return tokenizer.render(messages, tools=row.tools, add_generation_prompt=prompt)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        if isinstance(error, VeneerError):
-            raise
-        reason = str(error) or type(error).__name__
-        roles = ", ".join(str(message["role"]) for message in messages) or "no message"
-        raise DataError(
-            f"the chat template failed on [{roles}]: {reason}",
-            help="the template decides which roles may follow each other: change the rows, or the base's template",
-        ) from error
 
 
 def _encode_raw(row: Raw, tokenizer: TextTokenizer, train_on: TrainOn) -> Encoded:

@@ -17,12 +17,14 @@ class Chat:
     messages  as the template gets them: `role`, `content`, and whatever else the file gave (`tool_calls`, `name`, ...)
     weights   one per message; None where the file says nothing
     tools     JSON schemas that the template shows to the model, or None
+    accepted  answers that an evaluation counts as right besides the last message
     """
 
     line: int
     messages: tuple[Mapping[str, Any], ...]
     weights: tuple[float | None, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
