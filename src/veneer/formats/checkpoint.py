@@ -234,7 +234,7 @@ def _entry(entry: object, data_start: int) -> TensorInfo | str:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "must have dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"has a dtype that is not known: {dtype!r}"
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 8:
         return "has a shape or offsets that are not counts"

@@ -188,14 +188,14 @@ def _companion_parts(config: Mapping[str, Any], found: Sorted, reading: _Reading
     biases = config.get("bias", "none") != "none"
     for path in natural(found.whole):
         tensors = found.whole[path]
-        wanted = any(path == name or path.endswith(f".{name}") for name in saved)
+        wanted = any(path.endswith(name) for name in saved)  # PEFT's rule: `norm` takes input_layernorm too
         copied = path in found.modules  # PEFT's copy of a targeted embedding
         if wanted or copied or (biases and set(tensors) == {"bias"}):
             reading.parts.append(Part("full", "override", path, dict(tensors)))
         else:
             reading.problems.append(f"'{PREFIX}{path}' is saved whole, but modules_to_save does not name it")
     for name in saved:
-        if not any(path == name or path.endswith(f".{name}") for path in found.whole):
+        if not any(path.endswith(name) for path in found.whole):
             reading.problems.append(f"modules_to_save names '{name}', but the file has no tensor of it")
     indices = config.get("trainable_token_indices")
     for path in natural(found.rows):
