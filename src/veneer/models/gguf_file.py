@@ -42,6 +42,8 @@ class Container:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._at = 0
             self.fields, self.tensors = self._parse()
+        except Unsupported:
+            raise
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
             raise FormatError(
                 f"{path} is not a complete GGUF file: {error or type(error).__name__}", help="copy or download it again"

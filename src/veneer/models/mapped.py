@@ -73,12 +73,12 @@ def read(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, LARGEST_HEADER):
-                raise FormatError(f"{path} is damaged: its header claims {length} bytes of {size}")
+                raise ValueError(f"its header claims {length} bytes of {size}")
             entries = json.loads(file.read(length))
     except (struct.error, ValueError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
     start = 8 + length
-    stop = max(entry["data_offsets"][1] for entry in entries.values())
+    stop = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if start + stop != size:
         raise FormatError(f"{path} is damaged: {size} bytes, its header describes {start + stop}")
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
