@@ -11,19 +11,20 @@ Every verb takes --library: a folder (default: library, or $VENEER_LIBRARY), or 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.cli._library_text import alias_text, base_text, fields, say_difference, say_record, share_text
 from veneer.cli._options import Json
 from veneer.cli._output import bytes_text, count_text, note, say, say_json, say_table
 from veneer.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
-    from veneer.library import Alias, Difference, Library, Loralib, Record, Version
+    from veneer.library import Alias, Library, Loralib
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -36,7 +37,7 @@ MetricsFile = Annotated[Path | None, typer.Option("--metrics", help="What `venee
 DEFAULT = "library"
 
 
-@app.command()
+@app.command(epilog="Example: veneer library add runs/tickets --name tickets --base smollm2-135m")
 def add(
     path: Annotated[Path, typer.Argument(help="A run directory, an adapter folder, or a loralib .safetensors file.")],
     name: Annotated[str, typer.Option("--name", help="What the adapter is called in the library.")],
@@ -74,18 +75,18 @@ def add(
     )
     moved = shelf.alias(added.version.ref, alias) if alias is not None else None
     if as_json:
-        say_json({**_flat(added.version), "new": added.new, "notes": added.notes, "alias": moved and asdict(moved)})
+        say_json({**fields(added.version), "new": added.new, "notes": added.notes, "alias": moved and asdict(moved)})
         return
     for line in added.notes:
         note(line)
     if added.new:
         version = added.version
-        say(f"added {version.ref}: {version.method}, {bytes_text(version.bytes)}, base {_base(version)}")
+        say(f"added {version.ref}: {version.method}, {bytes_text(version.bytes)}, base {base_text(version)}")
     if moved is not None:
         say(f"{moved.name}@{moved.alias} is {moved.ref}")
 
 
-@app.command("list")
+@app.command("list", epilog="Example: veneer library list 'tickets*' --newest")
 def list_versions(
     name: Annotated[str | None, typer.Argument(help="A name; * stands for anything.")] = None,
     library: Place = DEFAULT,
@@ -103,17 +104,17 @@ def list_versions(
     for one in shelf.aliases():
         pointing.setdefault(one.ref, []).append(one)
     if as_json:
-        say_json([{**_flat(v), "aliases": [a.alias for a in pointing.get(v.ref, [])]} for v in versions])
+        say_json([{**fields(v), "aliases": [a.alias for a in pointing.get(v.ref, [])]} for v in versions])
         return
     rows = [
         (
             v.ref,
-            ", ".join(_alias(a) for a in pointing.get(v.ref, [])),
+            ", ".join(alias_text(a) for a in pointing.get(v.ref, [])),
             v.method,
             str(v.rank or ""),
             count_text(v.parameters),
             bytes_text(v.bytes),
-            _base(v),
+            base_text(v),
             v.created[:10],
             v.digest[:12],
         )
@@ -123,23 +124,23 @@ def list_versions(
     say(f"{len(versions)} versions")
 
 
-@app.command()
+@app.command(epilog="Example: veneer library show tickets@production")
 def show(ref: Ref, library: Place = DEFAULT, as_json: Json = False) -> None:
     """Show one version: files, configuration, lineage, metrics, history of its name."""
     shelf = _library(library)
     record = shelf.show(ref)
     moves = shelf.history(record.version.name)
     if as_json:
-        say_json({**_flat(record.version), **{k: v for k, v in asdict(record).items() if k != "version"},
+        say_json({**fields(record.version), **{k: v for k, v in asdict(record).items() if k != "version"},
                   "history": [asdict(move) for move in moves]})  # fmt: skip
         return
-    _say_record(record)
+    say_record(record)
     if moves:
         rows = [(m.alias, str(m.version or "-"), f"{m.weight:g}", m.at[:19], m.reason) for m in moves[-20:]]
         say_table(("alias", "version", "weight", "moved", "why"), rows, title="history")
 
 
-@app.command()
+@app.command(epilog="Example: veneer library diff tickets@1 tickets@2")
 def diff(
     one: Ref,
     other: Annotated[str, typer.Argument(metavar="OTHER", help="What to compare it with.")],
@@ -151,10 +152,10 @@ def diff(
     if as_json:
         say_json(asdict(found))
         return
-    _say_difference(found, one, other)
+    say_difference(found, one, other)
 
 
-@app.command()
+@app.command(epilog="Example: veneer library alias tickets@2 production --demand general_loss=0.02")
 def alias(
     ref: Ref,
     name: Annotated[str, typer.Argument(metavar="ALIAS", help="production, canary, ...")],
@@ -184,10 +185,14 @@ def alias(
     if as_json:
         say_json({**asdict(moved), "dropped": drop})
         return
-    say(f"{moved.name}@{moved.alias} is gone" if drop else f"{moved.name}@{moved.alias} is {moved.ref}{_share(moved)}")
+    say(
+        f"{moved.name}@{moved.alias} is gone"
+        if drop
+        else f"{moved.name}@{moved.alias} is {moved.ref}{share_text(moved)}"
+    )
 
 
-@app.command()
+@app.command(epilog="Example: veneer library rollback tickets")
 def rollback(
     name: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]", help="Whose alias to move back.")],
     alias: Annotated[str | None, typer.Argument(metavar="ALIAS", help="production, if not given.")] = None,
@@ -203,10 +208,10 @@ def rollback(
     if as_json:
         say_json(asdict(moved))
         return
-    say(f"{moved.name}@{moved.alias} is {moved.ref}{_share(moved)}")
+    say(f"{moved.name}@{moved.alias} is {moved.ref}{share_text(moved)}")
 
 
-@app.command()
+@app.command(epilog="Example: veneer library record tickets@2 --metric general_loss=2.31")
 def record(
     ref: Ref, library: Place = DEFAULT, metric: Metrics = None, metrics: MetricsFile = None, as_json: Json = False
 ) -> None:
@@ -223,7 +228,7 @@ def record(
     say_table(("metric", "value"), [(key, f"{value:.6g}") for key, value in every.items()])
 
 
-@app.command()
+@app.command(epilog="Example: veneer library get tickets@2 --out adapters/tickets")
 def get(
     ref: Ref,
     out: Annotated[Path, typer.Option("--out", help="A new folder.")],
@@ -235,12 +240,12 @@ def get(
     version = shelf.resolve(ref)
     shelf.checkout(version, out)
     if as_json:
-        say_json({**_flat(version), "out": str(out)})
+        say_json({**fields(version), "out": str(out)})
         return
     say(f"{version.ref} is in {out}")
 
 
-@app.command()
+@app.command(epilog="Example: veneer library remove tickets@1")
 def remove(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A version, or all of a name.")],
     library: Place = DEFAULT,
@@ -257,7 +262,7 @@ def remove(
         say(f"with it: {', '.join(removed.aliases)}")
 
 
-@app.command()
+@app.command(epilog="Example: veneer library gc --dry-run")
 def gc(
     library: Place = DEFAULT,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
@@ -274,7 +279,7 @@ def gc(
     )
 
 
-@app.command()
+@app.command(epilog="Example: veneer library verify")
 def verify(library: Place = DEFAULT, as_json: Json = False) -> None:
     """Read and check every byte. Exit code 1 where something is wrong."""
     found = _library(library).verify()
@@ -291,7 +296,7 @@ def verify(library: Place = DEFAULT, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: veneer library rebuild")
 def rebuild(library: Place = DEFAULT, as_json: Json = False) -> None:
     """Make a lost or damaged catalogue again from the manifests beside the blobs."""
     found = _library(library).rebuild()
@@ -348,73 +353,3 @@ def _evaluated(path: Path, name: str) -> dict[str, float]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no metrics", help="veneer eval ... --json > eval.json")
     return {key: float(v) for key, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def _flat(version: Version) -> dict[str, Any]:
-    return {"ref": version.ref, **asdict(version)}
-
-
-def _base(version: Version) -> str:
-    name = version.base_name or "not recorded"
-    return name if version.belongs in ("equal", "other precision") else f"{name} ({version.belongs})"
-
-
-def _alias(alias: Alias) -> str:
-    return alias.alias + _share(alias)
-
-
-def _share(alias: Alias) -> str:
-    return "" if alias.alias == "production" or alias.weight == 0 else f" ({alias.weight:.0%})"
-
-
-def _say_record(record: Record) -> None:
-    version = record.version
-    facts = {
-        "version": version.ref,
-        "aliases": ", ".join(_alias(a) for a in record.aliases) or "none",
-        "digest": version.digest,
-        "base": f"{_base(version)} {(version.base or '')[:12]}".strip(),
-        "method": version.method,
-        "configuration": _short(record.spec),
-        "parameters": f"{count_text(version.parameters)} in {version.targets} targets",
-        "added": f"{version.created[:19]} from {version.source}",
-        "parents": ", ".join(ref or digest[:12] for digest, ref in record.parents.items()) or "none",
-        "made from it": ", ".join(record.children) or "none",
-        "metrics": ", ".join(f"{key} {value:.6g}" for key, value in record.metrics.items()) or "none",
-        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in record.provenance.items()},
-    }
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        say(f"{key:<{width}}  {value}")
-    rows = [(file.path, bytes_text(file.bytes), file.blob) for file in record.files]
-    say_table(("file", "size", "sha256"), rows)
-
-
-def _short(spec: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in spec.items() if value not in (None, [], {}, "none"))
-
-
-def _say_difference(found: Difference, one: str, other: str) -> None:
-    if found.same:
-        say(f"{one} and {other} are the same adapter")
-        return
-    rows = [(key, json.dumps(a), json.dumps(b)) for key, (a, b) in found.config.items()]
-    if rows:
-        say_table(("field", one, other), rows)
-    for ref, targets in ((one, found.only_one), (other, found.only_other)):
-        if targets:
-            say(f"only {ref}: {', '.join(targets[:8])}{f' and {len(targets) - 8} more' if len(targets) > 8 else ''}")
-    say_table(
-        ("target", "norm", "norm", "rank", "rank", "distance", "cosine", "overlap"),
-        [
-            (
-                t.target,
-                *(f"{norm:.4g}" for norm in t.norm),
-                *(("", "") if t.rank is None else map(str, t.rank)),
-                f"{t.distance:.4f}",
-                "" if t.cosine is None else f"{t.cosine:.4f}",
-                "" if t.overlap is None else f"{t.overlap:.4f}",
-            )
-            for t in found.targets
-        ],
-    )

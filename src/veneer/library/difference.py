@@ -146,7 +146,8 @@ def _compare_products(part: Part, mine: tuple[Tensor, Tensor], theirs: tuple[Ten
     dot = float(((b1.T @ b2) * (a1 @ a2.T)).sum())
     overlap = None
     if min(ranks) > 0:
-        overlap = float((left1[:, : ranks[0]].T @ left2[:, : ranks[1]]).square().sum()) / min(ranks)
+        shared = float((left1[:, : ranks[0]].T @ left2[:, : ranks[1]]).square().sum())
+        overlap = min(1.0, shared / min(ranks))
     return TargetDifference(
         target=part.target or f"({part.kind})",
         kind=part.kind,
@@ -194,4 +195,4 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _cosine(dot: float, norms: tuple[float, float]) -> float | None:
-    return dot / (norms[0] * norms[1]) if min(norms) > 0 else None
+    return max(-1.0, min(1.0, dot / (norms[0] * norms[1]))) if min(norms) > 0 else None
