@@ -1,0 +1,113 @@
+"""merge, combine, inspect and doctor as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models.tiny import checkpoint
+
+from veneer.adapter import Adapter, Provenance
+from veneer.cli.main import run
+from veneer.inject import create
+from veneer.methods.lora import LoRA
+from veneer.models.load import load_base
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a base and two adapters of it, a and b."""
+    folder = checkpoint("llama", tmp_path / "base")
+    base = load_base(folder, "float32")
+    for seed, name in enumerate(("a", "b")):
+        g = torch.Generator().manual_seed(seed)
+        fresh = create(base, LoRA(rank=2 + seed), g, provenance=Provenance(base=base.identity, base_name="tiny"))
+        fresh.map_tensors(lambda t, g=g: t + 0.02 * torch.randn(t.shape, generator=g)).save(tmp_path / name)
+    return tmp_path
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_merge_and_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = str(place / "base"), str(place / "out")
+    assert run(["merge", "--base", base, "--adapter", f"{place / 'a'}@0.5", "--out", out, "--unmergeable"]) == 0
+    text = capsys.readouterr().out
+    assert "of the update survived rounding" in text
+    assert "KL" in text
+    assert run(["merge", "--undo", out, "--out", str(place / "back")]) == 0
+    original = (place / "base" / "model.safetensors").read_bytes()
+    assert (place / "back" / "model.safetensors").read_bytes() == original
+    capsys.readouterr()
+    assert (
+        run(["merge", "--base", base, "--adapter", str(place / "a"), "--out", str(place / "j"), "--json", "--no-check"])
+        == 0
+    )
+    report = told(capsys)
+    assert report["survived"] > 0.99
+    assert report["check"] is None
+    assert run(["merge", "--base", base, "--adapter", str(place / "a"), "--out", out]) == 1
+    assert run(["merge", "--out", str(place / "x")]) == 2
+
+
+def test_combine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(place / "a"), str(place / "b")
+    assert (
+        run(["combine", "--rule", "ties", f"{a}=0.7", f"{b}=0.3", "--density", "0.5", "--out", str(place / "both")])
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "before combining" in text
+    assert "exact for its rule" in text
+    made = Adapter.load(place / "both")
+    assert made.provenance.extra["recipe"]["options"] == {"density": 0.5}
+    assert (
+        run(["combine", "--rule", "svd", "--rank", "2", f"{a}=1", f"{b}=-1", "--out", str(place / "svd"), "--json"])
+        == 0
+    )
+    report = told(capsys)
+    assert report["report"]["error"] > 0
+    assert report["interference"][0]["cosine"] == pytest.approx(0, abs=0.5)
+    recipe = place / "r.yaml"
+    recipe.write_text("rule: cat\nadapters: {one: {path: a, weight: 2.0}, two: {path: b}}\n")
+    assert run(["combine", str(recipe), "--out", str(place / "cat")]) == 0
+    one, two, cat = Adapter.load(a), Adapter.load(b), Adapter.load(place / "cat")
+    for target in cat.targets:
+        torch.testing.assert_close(cat.delta(target), 2 * one.delta(target) + two.delta(target))
+    capsys.readouterr()
+    assert run(["combine", f"{a}", "nowhere=1", "--out", str(place / "x")]) == 2
+    message = capsys.readouterr().err
+    assert "is not FOLDER=WEIGHT" in message
+    assert "no folder 'nowhere'" in message
+    assert run(["combine", "--rules"]) == 0
+    assert "dare_ties" in capsys.readouterr().out
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(place / "a"), "--json"]) == 0
+    facts = told(capsys)
+    adapter = Adapter.load(place / "a")
+    assert facts["digest"] == adapter.digest
+    assert facts["parameters"] == adapter.num_parameters
+    first = facts["targets"][0]
+    sigma = torch.linalg.svdvals(adapter.delta(first["target"]).double())
+    assert first["scale"] == adapter.scale(first["target"])
+    assert first["spectrum"]["frobenius"] == pytest.approx(float(sigma.norm()), rel=1e-5)
+    assert first["spectrum"]["stable_rank"] == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-5)
+    assert run(["inspect", str(place / "a")]) == 0
+    assert "stable rank" in capsys.readouterr().out
+    assert run(["inspect", str(place / "none")]) == 1
+
+
+def test_doctor(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--base", str(place / "base"), str(place / "a")]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    fresh = Adapter.load(place / "a").map_tensors(torch.zeros_like)
+    fresh.save(place / "dead")
+    assert run(["doctor", str(place / "dead"), "--json"]) == 1
+    assert told(capsys)["worst"] == "error"
+    assert run(["doctor"]) == 2
