@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from veneer.base.host import Host
-from veneer.errors import NotFound
+from veneer.errors import NotFound, TargetError, listed
 from veneer.methods import METHODS, Method
 from veneer.methods._start import Place, host_at
 from veneer.registry import did_you_mean
@@ -51,8 +51,11 @@ def adapter_tensors(spec: Method, shape: BaseShape, targets: Sequence[str]) -> I
     for fields, target in spec.companions(shape, targets):
         rest = {name: value for name, value in fields.items() if name != "kind"}
         wanted.append((METHODS[fields["kind"]](**rest), target))
-    for method, target in wanted:
-        place = host_at(method.site, target, base).shape
+    places = [(method, target, host_at(method.site, target, base).shape) for method, target in wanted]
+    refusals = [f"{t or m.kind}: {why}" for m, t, place in places if (why := m.refusal(t, place)) is not None]
+    if refusals:
+        raise TargetError(f"{spec.kind} cannot go everywhere it was asked to:\n{listed(refusals)}")
+    for method, target, place in places:
         for name, size in method.tensor_shapes(target, place).items():
             yield Counted(method.kind, target, name, tuple(size), name not in method.frozen())
 
