@@ -10,7 +10,9 @@ VeneerError                     what was given, what was expected, where; `help`
 ├── NeedsBase (ValueError)      an update that depends on the frozen weight was asked for without it
 ├── Unsupported (ValueError)    mathematically or technically impossible here; `help` names the way out
 ├── Conflict (RuntimeError)     something else holds or already is what was asked for
+├── Denied (PermissionError)    a key that is missing, unknown, or not allowed to do this
 ├── ResourceError (RuntimeError) not enough memory, disk, budget or time
+│   └── Busy                    too much at once; the same thing can work later
 └── TrainingError (RuntimeError) a run that cannot go on: a non-finite loss, a dead adapter
 """
 
@@ -76,6 +78,22 @@ class Conflict(VeneerError, RuntimeError):
 
 class ResourceError(VeneerError, RuntimeError):
     """Not enough memory, disk, budget or time."""
+
+
+class Busy(ResourceError):
+    """Too much at once: the same thing can work after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, help: str | None = "try again later") -> None:
+        super().__init__(message, help=help)
+        self.retry_after = retry_after
+
+
+class Denied(VeneerError, PermissionError):
+    """A key that is missing, unknown, or not allowed to do this. `known` tells the last from the others."""
+
+    def __init__(self, message: str, *, known: bool, help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.known = known
 
 
 class TrainingError(VeneerError, RuntimeError):

@@ -37,7 +37,7 @@ from veneer.engine.scheduler import Limits, Scheduler, Seq
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
-from veneer.errors import Conflict, FormatError, ResourceError, VeneerError
+from veneer.errors import Busy, Conflict, FormatError, ResourceError, VeneerError
 from veneer.models.config import DecoderConfig
 from veneer.models.decoder import Decoder
 from veneer.models.tokenizer import Tokenizer
@@ -152,12 +152,12 @@ class Engine:
         return self._intake.read(request)
 
     def submit(self, request: Request | Ticket) -> str:
-        """Queue a request; its id. ResourceError when too many wait: try again later."""
+        """Queue a request; its id. Busy when too many wait."""
         ticket = request if isinstance(request, Ticket) else self.read(request)
         asked = ticket.request
         waiting = len(self.scheduler.waiting)
         if waiting + asked.n > self.limits.waiting:
-            raise ResourceError(f"{waiting} sequences are waiting already", help="try again later")
+            raise Busy(f"{waiting} sequences are waiting already")
         id = asked.id if asked.id is not None else f"request-{next(self._numbers)}"
         if id in self._requests:
             raise Conflict(f"a request called '{id}' is in flight")

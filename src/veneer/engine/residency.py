@@ -6,6 +6,7 @@ Everything but `resolve` belongs to the thread that steps. A loaded adapter beco
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from veneer.adapter import Adapter, HostSource
 from veneer.engine.batch import Resident, prepare
@@ -20,6 +21,7 @@ class Residency:
 
     local         adapters that the program holds itself; looked at first
     source        where other names are looked up
+    on_loaded     called on the loading thread when a load ends, so that whoever sleeps can wake up
     load_seconds  how long the latest loads took, to be read and cleared by whoever measures
     """
 
@@ -27,6 +29,7 @@ class Residency:
         self.local = Local()
         self.slots: Slots[Resident] = Slots(budget)
         self.load_seconds: deque[float] = deque(maxlen=1024)
+        self.on_loaded: Callable[[], None] | None = None
         self._base, self._decoder, self._source = base, decoder, source
         self._loader: Loader[Resident] = Loader()
 
@@ -53,7 +56,7 @@ class Residency:
         before = self.slots.know(recipe.key, recipe.bytes).state
         state = self.slots.want(recipe.key, now)
         if state == "loading" and before != "loading":
-            self._loader.start(recipe.key, lambda: self._load(recipe))
+            self._loader.start(recipe.key, lambda: self._load(recipe), self.on_loaded)
         return state
 
     def publish(self, now: float) -> None:
