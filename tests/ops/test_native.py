@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.ops import blocks
+from veneer.ops import blocks, nf4
 from veneer.ops.attention import attention
 from veneer.ops.blocks import Piece, Scores
+from veneer.ops.gated import gated_reference
 from veneer.ops.native import attention as native
-from veneer.ops.native import build
+from veneer.ops.native import build, rows
+from veneer.ops.norm import rms_norm_reference
+from veneer.ops.rope import rotary_reference
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
 
@@ -123,3 +126,70 @@ def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 real = build.subprocess.run
+
+
+def bf16(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_kernels
+def test_rms_norm() -> None:
+    for x in (bf16(7, 96), bf16(7, 160)[:, 32:128], bf16(5, 3, 32)):
+        w, dy = torch.rand(x.shape[-1]), bf16(*x.shape, seed=1)
+        found = rows.rms_forward(x, w, 1e-5, 1.0)
+        assert found is not None
+        wide, ww = x.double().requires_grad_(), w.double()
+        exact = rms_norm_reference(wide, ww, 1e-5, offset=1.0)
+        assert relative(found[0], exact.detach()) < 3e-3 and found[1].shape == (*x.shape[:-1], 1)
+        dx = rows.rms_backward(x, w, found[1], dy, 1.0)
+        assert dx is not None
+        assert relative(dx, torch.autograd.grad(exact, wide, dy.double())[0]) < 3e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("half", [32, 16])
+def test_rotary(half: int) -> None:
+    x = bf16(6, 320)[:, 64:256].unflatten(1, (3, 64))
+    angles = torch.randn(6, half, generator=torch.Generator().manual_seed(2))
+    cos, sin = angles.cos(), angles.sin()
+    for back in (False, True):
+        found = rows.rotary(x, cos, sin, back=back)
+        assert found is not None
+        assert relative(found, rotary_reference(x.double(), cos.double(), (-sin if back else sin).double())) < 3e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_gated(name: str) -> None:
+    gate_up, dy = bf16(5, 64) * 6, bf16(5, 32, seed=1)
+    gate_up[0, :4] = torch.tensor([-300.0, 300.0, -60.0, 0.0])
+    wide = gate_up.double().requires_grad_()
+    exact = gated_reference(wide, name)
+    found, slope = rows.gated_forward(gate_up, name), rows.gated_backward(gate_up, dy, name)
+    assert found is not None and slope is not None
+    assert relative(found, exact.detach()) < 3e-3
+    assert relative(slope, torch.autograd.grad(exact, wide, dy.double())[0]) < 3e-3
+
+
+@needs_kernels
+def test_cross_entropy() -> None:
+    logits, labels = bf16(9, 112) * 8, torch.randint(112, (9,), generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(9, generator=torch.Generator().manual_seed(2))
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    nll = rows.cross_entropy(logits, labels, None)
+    assert nll is not None and torch.equal(wide, logits.double())
+    torch.testing.assert_close(nll.double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    rows.cross_entropy(logits, labels, weights)
+    assert relative(logits, torch.autograd.grad((exact * weights).sum(), wide)[0]) < 3e-3
+    with pytest.raises(IndexError, match="-100"):
+        rows.cross_entropy(logits, torch.full((9,), -100), weights)
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", [32, 64, 256])
+def test_nf4(block: int) -> None:
+    stored = nf4.quantise(torch.randn(24, 256, generator=torch.Generator().manual_seed(0)), block=block)
+    out = torch.empty(24 * 256, dtype=torch.bfloat16)
+    assert rows.nf4_dequantise(stored.packed, stored.scales(), block, nf4.levels(), out)
+    assert torch.equal(out.view(24, 256), stored.dequantise(torch.empty(24, 256)).bfloat16())

@@ -3,26 +3,42 @@
 sum_i w_i * -log softmax(cap(h_i W^T + b))[label_i], with cap(z) = c tanh(z / c) where a softcap is given (Gemma 2).
 The gradient of the hidden states is formed in the forward pass, chunk by chunk, while the logits are at hand: that costs 4dV
 a token where computing them again would cost 6dV (the idea is Liger's; the chunks here are large, as small ones starve a CPU).
-Callers pass labelled rows only.
+Kept for the backward pass: d loss / d hidden. Callers pass labelled rows only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.ops.frozen import product
+from veneer.ops.native import rows
+
 CHUNK = 1024
-"""Rows whose logits exist at one time."""
+"""Rows whose logits exist at one time, at most."""
+LOGITS = 1 << 26
+"""Logits that exist at one time, at most, for very large vocabularies."""
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+class Head(NamedTuple):
+    """logits = cap(h W^T + b)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    def chunk(self, asked: int | None) -> int:
+        return asked or min(CHUNK, max(64, LOGITS // len(self.weight)))
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden, weight, bias).to(wide)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = F.linear(hidden, head.weight, head.bias).to(wide)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def token_nll_reference(
@@ -34,7 +50,7 @@ def token_nll_reference(
     bias: Float[Tensor, " v"] | None = None,
 ) -> Float[Tensor, " n"]:
     """The definition: the negative log-probability of each label."""
-    logits = _logits(hidden, weight, bias, softcap)
+    logits = _logits(hidden, Head(weight, bias, softcap))
     return torch.logsumexp(logits, dim=-1) - logits.gather(1, labels[:, None]).squeeze(1)
 
 
@@ -60,53 +76,60 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     bias: Float[Tensor, " v"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """The weighted sum of the labels' negative log-probabilities, fp32. Only `hidden` gets a gradient: the head is frozen."""
-    return _LinearCrossEntropy.apply(hidden, weight, labels, weights, softcap, bias, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    head = Head(weight.detach(), bias, softcap)
+    return _LinearCrossEntropy.apply(hidden, head, labels, weights, chunk)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Saves d loss / d hidden, nothing else."""
-
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-        softcap: float | None,
-        bias: Tensor | None,
-        chunk: int,
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, weights: Tensor | None, chunk: int | None
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        factors = torch.ones(len(hidden), dtype=wide, device=hidden.device) if weights is None else weights.to(wide)
+        gradient = (
+            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        )
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, bias, softcap)
-            rows = labels[part, None]
-            label_logits = logits.gather(1, rows).squeeze(1)
-            lse = torch.logsumexp(logits, dim=-1)
-            factor = torch.ones_like(lse) if weights is None else weights[part].to(wide)
-            total += ((lse - label_logits) * factor).sum()
-            if gradient is None:
-                continue
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
-            d_logits = logits.sub_(lse[:, None]).exp_()
-            d_logits.scatter_add_(1, rows, torch.full_like(label_logits, -1)[:, None])
-            d_logits.mul_(factor[:, None])
-            if slope is not None:
-                d_logits.mul_(slope)
-            torch.mm(d_logits.to(hidden.dtype), weight, out=gradient[part])
+        size = head.chunk(chunk)
+        for part in (slice(start, start + size) for start in range(0, len(hidden), size)):
+            nll, d_logits = _nll(hidden[part], head, labels[part], None if gradient is None else factors[part])
+            total += (nll * factors[part]).sum()
+            if gradient is not None and d_logits is not None:
+                gradient[part] = product(d_logits, head.weight)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * d_total.to(gradient.dtype), *(None,) * 6)
+        return gradient * d_total.to(gradient.dtype), None, None, None, None
+
+
+@torch.no_grad()
+def _nll(hidden: Tensor, head: Head, labels: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """-log p(label) of each row; and with factors, factor * d nll / d (h W^T + b), in the dtype of hidden."""
+    logits = product(hidden, head.weight.t())
+    if head.bias is not None:
+        logits += head.bias
+    if head.softcap is None:
+        nll = rows.cross_entropy(logits, labels, factors)
+        if nll is not None:
+            return nll, None if factors is None else logits
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if head.softcap is not None:
+        scores = head.softcap * torch.tanh(scores / head.softcap)
+    ours = scores.gather(1, labels[:, None])
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    nll = (lse - ours).squeeze(1)
+    if factors is None:
+        return nll, None
+    bend = None if head.softcap is None else 1 - (scores / head.softcap).square_()
+    slope = scores.sub_(lse).exp_().scatter_add_(1, labels[:, None], torch.full_like(ours, -1)).mul_(factors[:, None])
+    return nll, (slope if bend is None else slope.mul_(bend)).to(hidden.dtype)
 
 
 @torch.no_grad()
@@ -117,9 +140,11 @@ def token_nll(
     *,
     softcap: float | None = None,
     bias: Float[Tensor, " v"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, " n"]:
     """The negative log-probability of each label, fp32, without a gradient."""
-    parts = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
-    found = [token_nll_reference(hidden[p], weight, labels[p], softcap=softcap, bias=bias) for p in parts]
+    head = Head(weight, bias, softcap)
+    size = head.chunk(chunk)
+    parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
+    found = [_nll(hidden[part], head, labels[part], None)[0] for part in parts]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.ops.native import rows
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -52,6 +54,9 @@ class _RMSNorm(torch.autograd.Function):
 @torch.no_grad()
 def rms_norm_value(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y, and 1 / rms of each row `[*rows, 1]`."""
+    found = rows.rms_forward(x, weight, eps, offset)
+    if found is not None:
+        return found
     wide = _wide(x)
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * inverse).mul_(_wide(weight) + offset).to(x.dtype), inverse
@@ -62,6 +67,9 @@ def rms_norm_slope(
     x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor, offset: float, *, weight_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dx = (g - n mean(g n)) / rms with n = x / rms and g = dy (offset + weight); dw = sum of dy n over rows."""
+    found = None if weight_gradient else rows.rms_backward(x, weight, inverse, dy, offset)
+    if found is not None:
+        return found, None
     normed = _wide(x) * inverse
     wide = _wide(dy)
     dw = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_gradient else None

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.ops.native import rows
+
 
 def rotary_reference(
     x: Float[Tensor, "n heads d"], cos: Float[Tensor, "n half"], sin: Float[Tensor, "n half"]
@@ -35,17 +37,21 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin)
+        return turned(x, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turned(dy, cos, -sin), None, None
+        return turned(dy, cos, sin, back=True), None, None
 
 
 @torch.no_grad()
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotary` without a gradient: a new, contiguous tensor."""
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """`rotary` by the angles, or back by them, without a gradient: a new, contiguous tensor."""
+    found = rows.rotary(x, cos, sin, back=back)
+    if found is not None:
+        return found
+    sin = -sin if back else sin
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     cos, sin = cos[:, None], sin[:, None]

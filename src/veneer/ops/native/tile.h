@@ -54,7 +54,7 @@ INLINE void strip(const int vectors, long rows, long pairs, const bf16 *A, long 
 }
 
 /* C[rows][16 * vectors] (+)= A[rows][2 * pairs] B[pairs][16 * vectors] */
-static void product(long rows, long vectors, long pairs, const bf16 *A, long lda, const uint32_t *B, long ldb, float *C,
+static inline void product(long rows, long vectors, long pairs, const bf16 *A, long lda, const uint32_t *B, long ldb, float *C,
                     long ldc, int add) {
     for (; vectors >= 4; vectors -= 4, B += 64, C += 64) strip(4, rows, pairs, A, lda, B, ldb, C, ldc, add);
     if (vectors == 3) strip(3, rows, pairs, A, lda, B, ldb, C, ldc, add);
@@ -63,7 +63,7 @@ static void product(long rows, long vectors, long pairs, const bf16 *A, long lda
 }
 
 /* to[j][i] = from[i][j] for a 16 x 16 block of 32-bit words; rows of `from` at or past `rows` read as zero. */
-static void transpose16(const uint32_t *from, long from_row, long rows, uint32_t *to, long to_row) {
+static inline void transpose16(const uint32_t *from, long from_row, long rows, uint32_t *to, long to_row) {
     __m512i r[16], s[16];
     for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(from + i * from_row) : _mm512_setzero_si512();
     for (int i = 0; i < 16; i += 2) {
@@ -91,7 +91,7 @@ static void transpose16(const uint32_t *from, long from_row, long rows, uint32_t
 }
 
 /* Rows 2p and 2p + 1 of `from` (bf16, `d` wide, `rows` of them, zero beyond) as paired words [p][d]. */
-static void pair_rows(const bf16 *from, long from_row, long rows, long padded, long d, uint32_t *to) {
+static inline void pair_rows(const bf16 *from, long from_row, long rows, long padded, long d, uint32_t *to) {
     for (long p = 0; p < padded / 2; p++)
         for (long j = 0; j < d; j += 16) {
             __m512i a = _mm512_setzero_si512(), b = a;
