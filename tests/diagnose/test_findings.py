@@ -78,7 +78,7 @@ def test_dead_and_idle_targets(base: Base) -> None:
 
 def test_scales_patterns_and_a_layer_that_ran_away(base: Base) -> None:
     only(
-        adapter_findings(healthy(base, alpha=64.0, scaling="alpha/sqrt(r)")), "warning", "effective scale is large: 32"
+        adapter_findings(healthy(base, alpha=128.0, scaling="alpha/sqrt(r)")), "warning", "effective scale is large: 64"
     )
     only(adapter_findings(healthy(base, alpha=0.004)), "warning", "effective scale is small")
     adapter = healthy(base)
