@@ -16,7 +16,6 @@ from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits
 
 from veneer.adapter import Adapter
 from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
-from veneer.engine.engine import EngineBase
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
 from veneer.inject import create
 from veneer.methods import lower, parse
@@ -39,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def engine(base: EngineBase, **settings: Any) -> Engine:
+def engine(base: Base, **settings: Any) -> Engine:
     return Engine(base, **{"kv_bytes": 16 * MB, "adapter_bytes": 16 * MB, **settings})
 
 
@@ -487,7 +486,7 @@ def test_bad_prompts_are_refused_before_they_wait() -> None:
     with pytest.raises(VeneerError, match="context"):
         running.submit(Request(ids(0, 400), max_tokens=113))
     with pytest.raises(NotFound, match="did you mean"):
-        running.add("tickets", lora(running.base, 1))  # type: ignore[arg-type]
+        running.add("tickets", lora(running.base, 1))
         running.submit(Request([1], adapter="tikets"))
     assert not running.busy
 

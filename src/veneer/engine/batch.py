@@ -19,6 +19,7 @@ from veneer.adapter import Adapter, HostSource
 from veneer.errors import FormatError, Unsupported, VeneerError, listed
 from veneer.methods import lower
 from veneer.models.bank import Bank, Packed, compose
+from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.group import Group
 from veneer.ops.low_rank import Pack
@@ -46,8 +47,9 @@ class Resident:
         return self.bank.virtual_tokens(0)
 
 
-def prepare(parts: Sequence[tuple[Adapter, float]], base: HostSource, decoder: Decoder) -> Resident:
-    """Check, lower and pack adapters with their factors for this decoder. Every problem found is in the one error."""
+def prepare(parts: Sequence[tuple[Adapter, float]], base: Base) -> Resident:
+    """Check, lower and pack adapters with their factors for this base. Every problem found is in the one error."""
+    decoder = base.decoder
     with torch.no_grad():
         for adapter, _ in parts:
             check(adapter)

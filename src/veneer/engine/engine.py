@@ -19,11 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import psutil
 
-from veneer.adapter import Adapter, HostSource
+from veneer.adapter import Adapter
 from veneer.engine.admission import Admission
 from veneer.engine.answer import Answer
 from veneer.engine.arena import capacity
@@ -38,25 +37,7 @@ from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
 from veneer.errors import Busy, Conflict, FormatError, ResourceError, VeneerError
-from veneer.models.config import DecoderConfig
-from veneer.models.decoder import Decoder
-from veneer.models.tokenizer import Tokenizer
-
-
-class EngineBase(HostSource, Protocol):
-    """What the engine needs of a base (`models.Base` has it)."""
-
-    @property
-    def identity(self) -> str | None: ...
-
-    @property
-    def config(self) -> DecoderConfig: ...
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
+from veneer.models.base import Base
 
 
 @dataclass(frozen=True)
@@ -82,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        base: EngineBase,
+        base: Base,
         *,
         source: AdapterSource | None = None,
         limits: Limits | None = None,
@@ -99,7 +80,7 @@ class Engine:
             self.limits = replace(self.limits, fixed=self.limits.fixed or 256)
         self._runner = Runner(base.decoder, alone=reproducible)
         self.book = KVBook(free if kv_bytes is None else kv_bytes, self._runner.arena.position_bytes)
-        self.residency = Residency(base, base.decoder, source, free if adapter_bytes is None else adapter_bytes)
+        self.residency = Residency(base, source, free if adapter_bytes is None else adapter_bytes)
         config = base.config
         self._answers: dict[int, Answer] = {}
         self._admission = Admission(
@@ -120,12 +101,21 @@ class Engine:
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, adapter: Adapter, *, replace: bool = False, pin: bool = False) -> str:
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        allow_base_mismatch: str | None = None,
+    ) -> str:
         """Make `adapter` available under `name`; its digest. It is checked and packed at once, so what can't run is refused.
 
         With `replace` the name moves to the new adapter; sequences that run keep the one they started with.
         """
-        return self.residency.add(name, adapter, self._clock(), replace=replace, pin=pin)
+        now, allow = self._clock(), allow_base_mismatch
+        return self.residency.add(name, adapter, now, replace=replace, pin=pin, allow=allow)
 
     def remove(self, name: str) -> int:
         """Forget an adapter that was added, and free its memory as soon as nobody uses it. Bytes freed at once."""

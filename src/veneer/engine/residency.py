@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from veneer.adapter import Adapter, HostSource
+from veneer.adapter import Adapter
+from veneer.base.identity import compare
 from veneer.engine.batch import Resident, prepare
 from veneer.engine.loader import Loader
 from veneer.engine.slots import Slots, State
 from veneer.engine.source import AdapterSource, Found, Local, Recipe
-from veneer.models.decoder import Decoder
+from veneer.models.base import Base
 
 
 class Residency:
@@ -25,12 +26,12 @@ class Residency:
     load_seconds  how long the latest loads took, to be read and cleared by whoever measures
     """
 
-    def __init__(self, base: HostSource, decoder: Decoder, source: AdapterSource | None, budget: int) -> None:
+    def __init__(self, base: Base, source: AdapterSource | None, budget: int) -> None:
         self.local = Local()
         self.slots: Slots[Resident] = Slots(budget)
         self.load_seconds: deque[float] = deque(maxlen=1024)
         self.on_loaded: Callable[[], None] | None = None
-        self._base, self._decoder, self._source = base, decoder, source
+        self._base, self._source = base, source
         self._loader: Loader[Resident] = Loader()
 
     def resolve(self, name: str) -> Found:
@@ -39,9 +40,10 @@ class Residency:
             return self.local.resolve(name)
         return self._source.resolve(name)
 
-    def add(self, name: str, adapter: Adapter, now: float, *, replace: bool, pin: bool) -> str:
+    def add(self, name: str, adapter: Adapter, now: float, *, replace: bool, pin: bool, allow: str | None) -> str:
         """Check and pack `adapter` here and now, and file it under `name`; its digest."""
-        resident = prepare([(adapter, 1.0)], self._base, self._decoder)
+        compare(adapter, self._base, allow=allow)
+        resident = prepare([(adapter, 1.0)], self._base)
         found = self.local.add(name, adapter, replace=replace)
         self.slots.know(found.digest, resident.bytes)
         before = self.slots.slot(found.digest).state
@@ -89,4 +91,7 @@ class Residency:
         self._loader.close()
 
     def _load(self, recipe: Recipe) -> Resident:
-        return prepare([(found.load(), factor) for found, factor in recipe.parts], self._base, self._decoder)
+        parts = [(found.load(), factor) for found, factor in recipe.parts]
+        for (adapter, _), (found, _) in zip(parts, recipe.parts, strict=True):
+            compare(adapter, self._base, allow=found.allow)
+        return prepare(parts, self._base)

@@ -23,6 +23,7 @@ class Found:
     bytes    about what it takes in memory
     load     reads it; called on a worker thread, never on the step path
     version  what the source calls it ("tickets@3"), for people
+    allow    why it may run on a base that it does not belong to, where somebody decided so
     """
 
     name: str
@@ -30,6 +31,7 @@ class Found:
     bytes: int
     load: Callable[[], Adapter]
     version: str = ""
+    allow: str | None = None
 
 
 class AdapterSource(Protocol):
