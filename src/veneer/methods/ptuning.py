@@ -105,10 +105,10 @@ class PTuning(Method):
 
     def folded(self, adapter: Adapter) -> Adapter:
         spec = self.model_copy(update={"encoder": "none"})
-        with torch.no_grad():
-            parts = tuple(
-                replace(p, tensors={"rows": self.rows(p.tensors)}) if p.kind == self.kind else p for p in adapter.parts
-            )
+        parts = tuple(
+            replace(p, tensors={"rows": self.rows(p.tensors).detach()}) if p.kind == self.kind else p
+            for p in adapter.parts
+        )
         return replace(adapter, spec=spec, parts=parts)
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
