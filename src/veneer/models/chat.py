@@ -8,7 +8,7 @@ they may use is what transformers gives them: trimmed blocks, loop controls, `to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from veneer.errors import DataError, FormatError
 
@@ -71,6 +73,8 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _now
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -89,6 +93,34 @@ class _Generation(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
+
+
+class _Dict:
+    """`dict(...)` and `dict.fromkeys(...)` for templates, without the type behind them."""
+
+    def __call__(self, *arguments: Any, **entries: Any) -> dict[Any, Any]:
+        return dict(*arguments, **entries)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """`namespace(...)` whose attributes can't begin with an underscore: those belong to Python."""
+
+    def __init__(self, *arguments: Any, **entries: Any) -> None:
+        super().__init__(*arguments, **entries)
+        for name in dict(*arguments, **entries):
+            _require_public(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _require_public(name)
+        super().__setitem__(name, value)
+
+
+def _require_public(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold '{name}': names with an underscore in front are Python's own")
 
 
 def _to_json(

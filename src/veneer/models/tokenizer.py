@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from veneer.errors import FormatError, Unsupported
+from veneer.errors import DataError, FormatError, Unsupported
 from veneer.models.chat import ChatTemplate
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,11 +34,12 @@ class Tokenizer:
         settings: Mapping[str, Any],
         template: str | None = None,
         generation: Mapping[str, Any] | None = None,
+        tool_template: str | None = None,
     ) -> None:
         self._fast = fast
         self._settings = settings
         self._generation = {} if generation is None else generation
-        self.template = template
+        self.template, self._tool_template = template, tool_template
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
@@ -46,8 +48,13 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise FormatError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        fast.no_truncation()
+        fast.no_padding()
         settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-        return Tokenizer(fast, settings, _template(folder, settings), _json(folder / "generation_config.json"))
+        _add_stated_tokens(fast, settings)
+        templates = _templates(folder, settings)
+        generation = _json(folder / "generation_config.json")
+        return Tokenizer(fast, settings, templates.get("default"), generation, templates.get("tool_use"))
 
     # -- text and ids --------------------------------------------------------------------------------------------------
 
@@ -148,11 +155,14 @@ class Tokenizer:
         if self.template is None:
             return None
         said = "veneer"
-        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-        text = self.render(messages)
-        rest = self.encode(text[text.rindex(said) + len(said) :])
-        added = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        return rest[0] if rest and rest[0] in added else None
+        try:
+            text = self.render([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
+        except DataError:  # a template that wants more than this; what it says of real messages is said when they come
+            return None
+        _, found, after = text.rpartition(said)
+        rest = self.encode(after) if found else []
+        special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        return rest[0] if rest and rest[0] in special else None
 
     # -- chat ----------------------------------------------------------------------------------------------------------
 
@@ -173,7 +183,10 @@ class Tokenizer:
         **variables: Any,
     ) -> str:
         """The conversation as text, by the checkpoint's template. Further `variables` are handed to the template."""
-        return self._chat.render(messages, tools, add_generation_prompt, variables)
+        chat = self._chat
+        if tools and self._tool_template is not None:
+            chat = ChatTemplate(self._tool_template, self.special_tokens)
+        return chat.render(messages, tools, add_generation_prompt, variables)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -191,13 +204,25 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the settings; of several named ones the one called "default"."""
+def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: a file of its own, or in the settings; most checkpoints have "default" only."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        return {"default": file.read_text("utf-8")}
     found = _json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default")
-    return found
+        return {entry["name"]: entry["template"] for entry in found}
+    return {} if found is None else {"default": found}
+
+
+def _add_stated_tokens(fast: FastTokenizer, settings: Mapping[str, Any]) -> None:
+    """Special tokens that stand in the settings and not in tokenizer.json are tokens all the same."""
+    stated = settings.get("added_tokens_decoder") or {}
+    wanted = [AddedToken(**entry) for _, entry in sorted(stated.items(), key=lambda item: int(item[0]))]
+    named = [_content(settings.get(name)) for name in SPECIAL]
+    wanted += [AddedToken(token, special=True, normalized=False) for token in named if token is not None]
+    known = {token.content for token in fast.get_added_tokens_decoder().values()}
+    for token in wanted:
+        if token.content not in known:
+            known.add(token.content)
+            (fast.add_special_tokens if token.special else fast.add_tokens)([token])
