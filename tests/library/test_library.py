@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.library.shelf import BASE, FakeBase, files_under, folder, make, refs
 
 from veneer.errors import BaseMismatch, ConfigError, Conflict, FormatError, NotFound
-from veneer.library import Demand, Library, parse_reference, route
+from veneer.library import Demand, Library, Loralib, parse_reference, route
 from veneer.library.records import Alias
 
 
@@ -333,6 +334,16 @@ def test_a_run_directory_brings_its_losses_and_its_origin(library: Library, tmp_
         "adapter_config.json", "adapter_model.safetensors", "run/config.yaml", "run/provenance.json", "veneer.json"
     ]  # fmt: skip
     assert library.load(version).digest == make().digest
+
+
+def test_a_loralib_file(library: Library, tmp_path: Path) -> None:
+    a, b = torch.randn(4, 6), torch.randn(8, 4)
+    save_file({"h.0.fc.lora_A": a, "h.0.fc.lora_B": b}, tmp_path / "lora.safetensors")
+    version = library.add(tmp_path / "lora.safetensors", "old", loralib=Loralib(alpha=32)).version
+    assert (version.source, version.rank) == ("loralib file", 4)
+    assert torch.allclose(library.load(version).delta("h.0.fc"), 8 * b @ a)
+    with pytest.raises(FormatError, match="8 was given"):
+        library.add(tmp_path / "lora.safetensors", "old", loralib=Loralib(alpha=32, rank=8))
 
 
 def test_revision_moves_with_every_change_and_only_then(library: Library) -> None:

@@ -51,7 +51,7 @@ def add(
     allow_base_mismatch: Annotated[
         str | None, typer.Option(metavar="REASON", help="Take an adapter of another base; the reason is recorded.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="The rank of a loralib file.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank that a loralib file must have.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The alpha of a loralib file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -319,9 +319,9 @@ def _library(place: str) -> Library:
 def _loralib(rank: int | None, alpha: float | None) -> Loralib | None:
     from veneer.library import Loralib
 
-    if (rank is None) != (alpha is None):
-        raise ConfigError("a loralib file needs its rank and its alpha", help="--rank 4 --alpha 32")
-    return None if rank is None or alpha is None else Loralib(rank, alpha)
+    if alpha is None and rank is not None:
+        raise ConfigError("--rank is for a loralib file, which needs --alpha too", help="--rank 4 --alpha 32")
+    return None if alpha is None else Loralib(alpha, rank)
 
 
 def _metrics(pairs: Sequence[str] | None, path: Path | None, name: str) -> dict[str, float]:

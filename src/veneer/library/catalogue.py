@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,27 @@ PATIENCE_SECONDS = 60
 _REBUILD = "make it again from the manifests: `veneer library rebuild`"
 
 
+# SQLite counts its file locks per process, and a child that inherits an open connection believes it holds its parent's. So
+# connections are closed before a fork; both sides open their own when they next need one.
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_before_fork() -> None:
+    for engine in list(_ENGINES):
+        engine.dispose()
+
+
+os.register_at_fork(before=_close_before_fork)
+
+
 class Catalogue:
-    """An open catalogue at a SQLAlchemy URL."""
+    """An open catalogue at a SQLAlchemy URL. Its connections close with it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.engine = _engine(url)
+        _ENGINES.add(self.engine)
+        weakref.finalize(self, self.engine.dispose)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:

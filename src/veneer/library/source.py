@@ -31,10 +31,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Loralib:
-    """What a loralib file doesn't say: it holds `path.lora_A` and `path.lora_B` only."""
+    """What a loralib file doesn't say: its alpha. A given rank is checked."""
 
-    rank: int
     alpha: float
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def _loralib(path: Path, scratch: Path, loralib: Loralib | None) -> Source:
             f"{path} is a file; expected an adapter folder, a run directory or a loralib .safetensors file"
         )
     if loralib is None:
-        raise FormatError(f"{path} does not say its rank and alpha", help="give them: --rank 4 --alpha 32")
-    from veneer import formats  # brings torch, which listing and moving aliases do without
+        raise FormatError(f"{path} does not say its alpha", help="give it: --alpha 32 (loralib's lora_alpha)")
+    from veneer.formats.loralib import load_loralib  # brings torch, which listing and moving aliases do without
 
-    adapter = formats.load_loralib(path, rank=loralib.rank, alpha=loralib.alpha)
+    adapter = load_loralib(path, alpha=loralib.alpha, rank=loralib.rank)
     return written(adapter, scratch, "loralib file")
 
 
