@@ -55,7 +55,7 @@ def test_help_lists_every_verb_with_its_line(flag: str, capsys: Output) -> None:
 
 def test_every_verb_says_what_it_does_in_one_line() -> None:
     for name, line in cli.verbs().items():
-        assert line.endswith(".") and len(line) <= 110, f"cli/{name}.py: the first line of its docstring is its help"
+        assert line.endswith(".") and len(line) <= 120, f"cli/{name}.py: the first line of its docstring is its help"
 
 
 @pytest.mark.parametrize("verb_name", sorted(cli.verbs()))
