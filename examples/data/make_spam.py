@@ -28,10 +28,10 @@ REDACTIONS = (
     (re.compile(r"\S+@\S+"), "<address>"),
     (re.compile(r"\b[a-z0-9-]+\.(?:com|org|net|edu|gov|ie|uk|tw|de|info|biz)\b\S*", re.IGNORECASE), "<link>"),
     (re.compile(r"\+?\(?\d[\d().\s-]{7,}\d"), "<number>"),
-    (re.compile(r"\b\d{5,}\b"), "<number>"),
+    (re.compile(r"\d{5,}"), "<number>"),
     (re.compile(r"\b(Hi|Hello|Dear|Hey|Hiya) [A-Z][a-z]+\b"), r"\1 <name>"),
 )
-QUOTED = re.compile(r">|\bFrom:|\bwrote\b|Original Message")
+QUOTED = re.compile(r">|\bFrom:|\bwrote\b|Forwarded-by|Original Message")
 """Quotations name people."""
 
 UNWANTED = re.compile(

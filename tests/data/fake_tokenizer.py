@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -56,6 +57,7 @@ class FakeTokenizer:
     ) -> None:
         self.template = template
         self.pieces = sorted(pieces, key=len, reverse=True)
+        self.pattern = re.compile("|".join(re.escape(t) for t in (*SPECIALS, *self.pieces)) + "|.", re.DOTALL)
         self.eos_ids = [SPECIALS.index(token) for token in eos]
         self.bos_id = None if bos is None else SPECIALS.index(bos)
         self.adds_eos = adds_eos
@@ -69,10 +71,9 @@ class FakeTokenizer:
         return [*ids, self.eos_ids[0]] if special and self.adds_eos else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        pattern = "|".join(re.escape(token) for token in (*SPECIALS, *self.pieces)) + "|."
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        for match in re.finditer(pattern, text, re.DOTALL):
+        for match in self.pattern.finditer(text):
             found = match.group()
             if found in SPECIALS:
                 new = [SPECIALS.index(found)]
@@ -101,14 +102,19 @@ class FakeTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        def fail(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
         assert self.template is not None
-        environment = jinja2.Environment(undefined=jinja2.Undefined)
-        environment.globals["raise_exception"] = fail
-        template = environment.from_string(self.template)
+        template = _compiled(self.template)
         try:
             return template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+
+@lru_cache
+def _compiled(source: str) -> jinja2.Template:
+    def fail(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.Environment()
+    environment.globals["raise_exception"] = fail
+    return environment.from_string(source)

@@ -24,7 +24,7 @@ def advice(
     other: str | None,
 ) -> tuple[str, str]:
     """(what is wrong, the next step) for rows at `lines` whose keys are not those of `chosen` (None: of any format)."""
-    many = f" (and {len(lines) - 1} more rows like it)" if len(lines) > 1 else ""
+    many = f" (and {len(lines) - 1} more like it)" if len(lines) > 1 else ""
     found = f"found the keys {', '.join(keys)}{many}" if keys else f"an empty object{many}"
     if other is not None and chosen is not None:
         what = f"{found}, which is the format '{other}', but the file is read as '{chosen}'"
