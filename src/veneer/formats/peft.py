@@ -249,15 +249,17 @@ def _target_problems(wanted: object, targets: Sequence[str]) -> list[str]:
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
         return [f"target_modules is {wanted!r}, expected names"]
 
-    def hit(name: str, target: str) -> bool:
-        return target == name or target.endswith(f".{name}")
+    names = set(wanted)
+    hits = {target: {name for name in _endings(target) if name in names} for target in targets}
+    named = set().union(*hits.values())
+    problems = [f"target_modules names '{n}', but no tensor is there" for n in wanted if n not in named]
+    return problems + [f"{t} has tensors, but target_modules does not name it" for t in targets if not hits[t]]
 
-    problems = [
-        f"target_modules names '{n}', but no tensor is there" for n in wanted if not any(hit(n, t) for t in targets)
-    ]
-    return problems + [
-        f"{t} has tensors, but target_modules does not name it" for t in targets if not any(hit(n, t) for n in wanted)
-    ]
+
+def _endings(target: str) -> list[str]:
+    """`a.b.c`, `b.c`, `c`: the names that a list may give a module."""
+    pieces = target.split(".")
+    return [".".join(pieces[start:]) for start in range(len(pieces))]
 
 
 def _named(part: Part, spec: Method, form: PeftForm, own_targets: frozenset[str]) -> dict[str, Tensor]:
