@@ -236,6 +236,14 @@ def write_shards(folder: Path, shards: Sequence[Shard], produce: Callable[[str],
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
 
 
+def write_checkpoint(base: Base, folder: Path) -> None:
+    """The bare base as a checkpoint folder that transformers loads, in the dtype that the base is held in."""
+    store = BaseStore(base)
+    folder.mkdir(parents=True, exist_ok=True)
+    store.copy_words(folder)
+    write_shards(folder, store.shards(), store.tensor)
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
     flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
