@@ -70,9 +70,16 @@ def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Seque
             "copies": copies_bytes(trained, itemsize, packed=spec.site != "override"),
             "activations": activation_bytes(config, traffic, work.tokens, itemsize, recompute=work.recompute),
             "logits": logits_bytes(config.vocab, labels, itemsize, CHUNK),
-            "workspace": workspace_bytes(config, work.tokens, itemsize),
+            "workspace": workspace_bytes(config, work.tokens, itemsize) + _scratch(layout, work, itemsize),
         },
     )
+
+
+def _scratch(layout: Layout, work: Work, itemsize: int) -> int:
+    """The one buffer that quantised projections are made dense in: as large as the largest group."""
+    if work.quantize is None:
+        return 0
+    return itemsize * max(group.out_features * group.in_features for group in layout.groups if group.name != "head")
 
 
 def traffic_of(layout: Layout, spec: Method, tensors: Sequence[Counted], label_share: float) -> Traffic:
