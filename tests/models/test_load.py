@@ -163,14 +163,14 @@ SLOW = """
 import sys, time
 from veneer.models import mapped
 write = mapped.write
-def slow(path, shapes, tensors, dtype):
+def slow(path, entries, tensors):
     def one_by_one():
         for index, item in enumerate(tensors):
             if index == 3:
                 open(sys.argv[2], "w").close()
                 time.sleep(60)
             yield item
-    return write(path, shapes, one_by_one(), dtype)
+    return write(path, entries, one_by_one())
 mapped.write = slow
 from veneer.models.load import load_base
 load_base(sys.argv[1], dtype="float32")

@@ -28,13 +28,12 @@ def listing(context: typer.Context, as_json: Json = False) -> None:
 def _list(as_json: bool) -> None:
     from veneer.models.cache import cache_folder
     from veneer.models.convert import local_bases
-    from veneer.models.dtype import NAMES
 
     local = [
         {
             "source": found.facts()["source"],
             "identity": found.facts()["identity"],
-            "dtype": NAMES[found.dtype],
+            "format": found.format,
             "bytes": found.weights.stat().st_size,
         }
         for found in local_bases()
@@ -50,8 +49,8 @@ def _list(as_json: bool) -> None:
     )
     if local:
         say_table(
-            ("identity", "dtype", "size", "made from"),
-            [(b["identity"][:12], b["dtype"], bytes_text(b["bytes"]), b["source"]) for b in local],
+            ("identity", "format", "size", "made from"),
+            [(b["identity"][:12], b["format"], bytes_text(b["bytes"]), b["source"]) for b in local],
             title=f"converted, in {cache_folder()}",
         )
     absent = [e["name"] for e in catalogue if not e["installed"]]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from veneer.models.cache import (
 )
 from veneer.models.checkpoint import canonical, native_shapes, native_tensors
 from veneer.models.config import DecoderConfig, Layout
-from veneer.models.dtype import NAMES
+from veneer.models.dtype import DTYPES, NAMES
 from veneer.models.families import decoder_config, layout
+from veneer.models.packed import pack
 from veneer.models.sources import Source, files_of, open_source
 
 VERSION = 1  # of the cache's layout; a new number leaves older folders alone
@@ -43,19 +44,25 @@ VERSION = 1  # of the cache's layout; a new number leaves older folders alone
 
 @dataclass(frozen=True)
 class Converted:
-    """A base in the cache."""
+    """A base in the cache, dense or with its projections packed in the format `quantize`."""
 
     folder: Path
     dtype: torch.dtype
+    quantize: str | None = None
+
+    @property
+    def format(self) -> str:
+        """`bfloat16`, or `bfloat16.nf4`."""
+        return ".".join(filter(None, (NAMES[self.dtype], self.quantize)))
 
     @property
     def weights(self) -> Path:
-        return self.folder / f"weights.{NAMES[self.dtype]}.safetensors"
+        return self.folder / f"weights.{self.format}.safetensors"
 
     @property
     def stamp(self) -> Path:
         """Size, time and SHA-256 of the weights file: written last, so its presence means that all is there."""
-        return self.folder / f"weights.{NAMES[self.dtype]}.json"
+        return self.folder / f"weights.{self.format}.json"
 
     def facts(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / "base.json").read_text("utf-8"))
@@ -69,8 +76,11 @@ class Converted:
         return self.stamp.is_file() and self.weights.is_file() and (self.folder / "base.json").is_file()
 
 
-def converted(path: Path, dtype: torch.dtype, *, sha256: str | None = None) -> Converted:
-    """The cached form of the checkpoint at `path`, made now if there is none. `sha256` is what a single file must have."""
+def converted(path: Path, dtype: torch.dtype, quantize: str | None = None, *, sha256: str | None = None) -> Converted:
+    """The cached form of the checkpoint at `path`, made now if there is none. `sha256` is what a single file must have.
+
+    A quantised form is made from the dense one in `dtype`, so its numbers are those of whoever quantises that checkpoint.
+    """
     digests = digest_of_files(files_of(path))
     if sha256 is not None and sha256 not in digests.values():
         raise FormatError(
@@ -78,14 +88,24 @@ def converted(path: Path, dtype: torch.dtype, *, sha256: str | None = None) -> C
             help="the file is damaged or another version; reinstall its package",
         )
     name = f"v{VERSION}-{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]}"
-    found = Converted(cache_folder() / "bases" / name, dtype)
+    dense = Converted(cache_folder() / "bases" / name, dtype)
+    found = replace(dense, quantize=quantize)
     if not found.is_complete():
         with locked(name), refusals(found.folder):
-            if not found.is_complete():
-                sweep(found.folder.parent, name)
-                sweep(found.folder, "")
-                _convert(open_source(path), path, found)
+            sweep(found.folder.parent, name)
+            sweep(found.folder, "")
+            if not dense.is_complete():
+                _convert(open_source(path), path, dense, need_whole=quantize is None)
+            if quantize is not None and not found.is_complete():
+                _quantize(dense, found, quantize)
     return found
+
+
+def _quantize(dense: Converted, found: Converted, name: str) -> None:
+    tensors = pack(layout(decoder_config(dense.config())), mapped.read(dense.weights), name)
+    with replacing(found.weights) as part:
+        digest = mapped.write(part, mapped.entries_of(tensors), tensors.items())
+    _stamp(found, digest)
 
 
 def verify(found: Converted) -> None:
@@ -126,19 +146,19 @@ class _Recorder:
         return tensor
 
 
-def _convert(source: Source, path: Path, found: Converted) -> None:
+def _convert(source: Source, path: Path, found: Converted, *, need_whole: bool) -> None:
     raw = _untied(source)
     config = decoder_config(raw)
     where = layout(config)
     recorder = _Recorder(source, canonical(config, where, source.shapes, str(path)), where)
     sizes = native_shapes(config, where)
-    _require_room(sizes, found)
+    _require_room(sizes, found, need_whole=need_whole)
     if (found.folder / "base.json").is_file():
-        _write_weights(found, found, recorder, config, where, sizes)
+        _write_weights(found, recorder, config, where, sizes)
         return
     with replacing(found.folder) as part:
         part.mkdir()
-        _write_weights(Converted(part, found.dtype), found, recorder, config, where, sizes)
+        _write_weights(Converted(part, found.dtype), recorder, config, where, sizes)
         source.tokenizer_files(part)
         facts = {
             "version": VERSION,
@@ -152,21 +172,25 @@ def _convert(source: Source, path: Path, found: Converted) -> None:
 
 def _write_weights(
     into: Converted,
-    final: Converted,
     recorder: _Recorder,
     config: DecoderConfig,
     where: Layout,
     sizes: dict[str, tuple[int, ...]],
 ) -> None:
+    entries = {name: (into.dtype, shape) for name, shape in sizes.items()}
     with replacing(into.weights) as part:
-        digest = mapped.write(part, sizes, native_tensors(config, where, recorder.read), into.dtype)
+        digest = mapped.write(part, entries, native_tensors(config, where, recorder.read))
         if recorder.bad:
             raise FormatError(
                 f"the checkpoint holds values that are not finite:\n{listed(recorder.bad)}",
                 help="use another copy of it: this one would answer nothing but NaN",
             )
-    stat = into.weights.stat()
-    write_json(into.stamp, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest})
+    _stamp(into, digest)
+
+
+def _stamp(written: Converted, digest: str) -> None:
+    stat = written.weights.stat()
+    write_json(written.stamp, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest})
 
 
 def weight_bytes(sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -183,10 +207,11 @@ def require_memory(need: int, what: str) -> None:
         )
 
 
-def _require_room(sizes: dict[str, tuple[int, ...]], found: Converted) -> None:
-    """Memory for one group in full precision while it is joined, and disk for the file."""
+def _require_room(sizes: dict[str, tuple[int, ...]], found: Converted, *, need_whole: bool) -> None:
+    """Memory for one tensor in full precision while it is joined and for what will be held, and disk for the file."""
     largest = max(torch.Size(shape).numel() for shape in sizes.values())
-    require_memory(3 * 4 * largest + weight_bytes(sizes, found.dtype), f"converting to {NAMES[found.dtype]}")
+    whole = weight_bytes(sizes, found.dtype) if need_whole else 0
+    require_memory(max(whole, 3 * 4 * largest), f"a base of this size in {NAMES[found.dtype]}")
     need, free = weight_bytes(sizes, found.dtype), shutil.disk_usage(existing(cache_folder())).free
     if need > free:
         raise ResourceError(
@@ -209,9 +234,9 @@ def _untied(source: Source) -> dict[str, Any]:
 
 
 def local_bases() -> Iterator[Converted]:
-    """What the cache holds, one entry per base and dtype."""
+    """What the cache holds, one entry per base and format."""
     for stamp in sorted((cache_folder() / "bases").glob(f"v{VERSION}-*/weights.*.json")):
-        dtype = next(dtype for dtype, name in NAMES.items() if stamp.name == f"weights.{name}.json")
-        found = Converted(stamp.parent, dtype)
+        _, dtype, *quantize = stamp.name.removesuffix(".json").split(".")
+        found = Converted(stamp.parent, DTYPES[dtype], *quantize)
         if found.is_complete():
             yield found

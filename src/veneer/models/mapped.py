@@ -21,20 +21,27 @@ from veneer.errors import FormatError
 
 ALIGN = 64
 PADDING = "_padding."
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 LARGEST_HEADER = 100_000_000
 
 
-def write(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> str:
-    """Write `tensors`, in the order of `shapes`, as `dtype`, one at a time; return the SHA-256 of the file."""
-    header, gaps = _header(shapes, dtype)
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor name -> dtype and shape, in file order."""
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> Entries:
+    """The entries of tensors at hand, as they are."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(path: Path, entries: Entries, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Write `tensors`, which come in the order of `entries`, one at a time; return the SHA-256 of the file."""
+    header, gaps = _header(entries)
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
-        for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=True):
+        for (expected, (dtype, shape)), (name, tensor) in zip(entries.items(), tensors, strict=True):
             assert (name, tuple(tensor.shape)) == (expected, shape), f"{name} {list(tensor.shape)} for {expected}"
             raw = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
             for piece in (raw, bytes(gaps[name])):
@@ -45,12 +52,12 @@ def write(
     return digest.hexdigest()
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+def _header(layout: Entries) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, padded with spaces so that the data is aligned, and the gap after each tensor."""
     entries: dict[str, Any] = {}
     gaps: dict[str, int] = {}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in layout.items():
         stop = offset + torch.Size(shape).numel() * dtype.itemsize
         gaps[name] = -stop % ALIGN
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
