@@ -1,108 +1,158 @@
-"""loralib's state dict (microsoft/LoRA, arXiv 2106.09685): `path.lora_A`, `path.lora_B`, and nothing else.
+"""Adapters of loralib, the LoRA paper's own code (`lora.lora_state_dict`), read from safetensors.
 
-Alpha is not in the file and has to be given; the rank is in the shapes, and a given one must agree. Only a safetensors copy of the
-state dict is read, never the pickle.
+Keys are `<path>.lora_A` and `<path>.lora_B`. The file knows neither alpha nor the kinds of layers, so the caller says them; a
+rank or targets that are given are checked.
 
-The surprise: `MergedLinear` packs q|k|v in one layer and adapts only some parts of it: A `[rank * enabled, in]`, B
-`[out / parts * enabled, rank]`. It is read exactly, as one LoRA of the fused layer: A as it is, B block by block with zeros
-elsewhere, and alpha multiplied with the rank so that the scale stays alpha / rank.
+A MergedLinear holds one update per enabled part of a fused projection: A `[k r, in]`, B `[k out/n, r]`, and
+delta_j = alpha/r B_j A_j on the rows of part j. Here it becomes one plain LoRA of rank k r, with B block-diagonal and zero rows
+where a part is not enabled.
+
+The surprise: its released files are pickles, which are never opened here; `torch.load(..., weights_only=True)` and
+`safetensors.torch.save_file` turn them into what is read.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part, Provenance
-from veneer.errors import FormatError, listed
+from veneer.errors import FormatError, NotFound, listed
 from veneer.formats.checkpoint import first_non_finite, open_tensors
+from veneer.formats.peft_names import natural
 from veneer.methods.lora import LoRA
+from veneer.types import HostKind
 
-ENDINGS = (".lora_A", ".lora_B")
+
+@dataclass
+class _Found:
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
 def load_loralib(
-    path: Path, *, alpha: float, rank: int | None = None, enabled: Sequence[bool] = (True, False, True)
+    path: str | os.PathLike[str],
+    *,
+    alpha: float,
+    rank: int | None = None,
+    targets: Sequence[str] | None = None,
+    merged: Mapping[str, Sequence[bool]] | None = None,
+    embeddings: Sequence[str] = (),
+    storage: Literal["linear", "conv1d"] = "linear",
 ) -> Adapter:
-    """The adapter in a loralib state dict saved as safetensors.
+    """The adapter in a safetensors file with loralib's names. Everything that does not fit is one FormatError.
 
-    alpha    loralib's `lora_alpha`: the scale is alpha / rank
-    rank     what the file must have, if given
-    enabled  which parts of a fused layer are adapted (loralib's `enable_lora`)
+    alpha       loralib's lora_alpha: the scale is alpha / rank
+    rank        what every layer must have, if given
+    targets     last names of the adapted modules ("c_attn"), if given: each must be in the file, and nothing else may be
+    merged      names of MergedLinear modules -> which parts are enabled: {"c_attn": (True, False, True)}. It can't be
+                guessed: q and v look like q and k
+    embeddings  names of adapted embeddings, which look like linear layers in the file
+    storage     how the base stores its projections: GPT-2's are "conv1d"
     """
-    file = open_tensors(path)
-    tensors = {name: file.tensor(name).clone() for name in file.tensors}
-    pairs, problems = _pairs(tensors)
-    problems += first_non_finite(tensors)
-    found: dict[str, tuple[Tensor, Tensor, int]] = {}
-    for target, (a, b) in pairs.items():
-        try:
-            found[target] = _factors(a, b, enabled)
-        except FormatError as error:
-            problems.append(f"{target}: {error.message}")
-    ranks = sorted({own for _, _, own in found.values()})
-    problems += [f"the rank is {own}, {rank} was given" for own in ranks if rank is not None and own != rank]
-    if not pairs and not problems:
-        problems.append("no tensor in it is called PATH.lora_A or PATH.lora_B")
-    if problems:
+    file = Path(path)
+    if not file.is_file():
+        raise NotFound(f"there is no file at {file}")
+    opened = open_tensors(file)
+    tensors = {name: opened.tensor(name).clone() for name in opened.tensors}
+    found = _sorted(tensors, targets)
+    parts = []
+    for target in natural(found.factors):
+        mask = _by_name(merged or {}, target)
+        plain = _plain(target, found.factors[target], rank, mask, found.problems)
+        kind: HostKind = "embedding" if _is_named(target, embeddings) else storage
+        if plain is not None:
+            parts.append(Part("lora", "weight", target, plain, kind))
+    parts += [Part("full", "override", target, {"bias": found.biases[target]}) for target in natural(found.biases)]
+    if not found.factors and not found.problems:
+        found.problems.append("no tensor in it is called PATH.lora_A or PATH.lora_B")
+    if found.problems:
         raise FormatError(
-            f"{path} is not a loralib state dict:\n{listed(problems)}", help="save lora_state_dict(model)"
+            f"{file} does not fit what was said about it:\n{listed(sorted(found.problems))}",
+            help="save lora_state_dict(model); for a MergedLinear say `merged`, for an embedding `embeddings`",
         )
-    return _adapter(found, alpha, ranks[-1])
+    return Adapter(_spec(parts, found, alpha), tuple(parts), Provenance(extra={"from": "loralib"}))
 
 
-def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    problems: list[str] = []
-    for name, tensor in tensors.items():
-        target, dot, kind = name.rpartition(".")
-        if f"{dot}{kind}" not in ENDINGS or not target:
-            problems.append(f"'{name}' is not a factor of a LoRA")
-        elif tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
-            problems.append(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, expected a matrix of numbers")
-        elif f"{target}{ENDINGS[0]}" not in tensors or f"{target}{ENDINGS[1]}" not in tensors:
-            problems.append(f"'{target}' has only one of its two factors")
+def _sorted(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> _Found:
+    found = _Found(problems=first_non_finite(tensors))
+    for key, tensor in tensors.items():
+        target, _, leaf = key.rpartition(".")
+        if not target or leaf not in ("lora_A", "lora_B", "bias"):
+            found.problems.append(f"'{key}' is not a factor of a LoRA")
+        elif leaf == "bias":
+            found.biases[target] = tensor
+        elif targets is None or _is_named(target, targets):
+            found.factors.setdefault(target, {})[leaf] = tensor
         else:
-            pairs[target] = tensors[f"{target}{ENDINGS[0]}"], tensors[f"{target}{ENDINGS[1]}"]
-    return pairs, problems
+            found.problems.append(f"'{key}' is none of the targets {', '.join(targets)}")
+    for name in targets or ():
+        if not any(_is_named(target, (name,)) for target in found.factors):
+            found.problems.append(f"'{name}' was named as a target, but no tensor is there")
+    return found
 
 
-def _factors(a: Tensor, b: Tensor, enabled: Sequence[bool]) -> tuple[Tensor, Tensor, int]:
-    """A `[rank, in]`, B `[out, rank]` of the whole layer, and loralib's own rank."""
-    own = b.shape[1]
-    if a.shape[0] == own:
-        return a, b, own
-    active = [index for index, on in enumerate(enabled) if on]
-    if a.shape[0] != own * len(active) or b.shape[0] % len(active):
-        raise FormatError(
-            f"A is {list(a.shape)} and B is {list(b.shape)}, which fit neither one layer nor {len(active)} parts of a fused one"
-        )
-    size = b.shape[0] // len(active)
-    wide = torch.zeros(size * len(enabled), a.shape[0], dtype=b.dtype)
-    for block, part in enumerate(active):
-        rows = b[block * size : (block + 1) * size]
-        wide[part * size : (part + 1) * size, block * own : (block + 1) * own] = rows
-    return a, wide, own
+def _plain(
+    target: str, tensors: Mapping[str, Tensor], rank: int | None, mask: Sequence[bool] | None, problems: list[str]
+) -> dict[str, Tensor] | None:
+    """A and B of a plain LoRA, or None with the reason in `problems`."""
+    missing = {"lora_A", "lora_B"} - tensors.keys()
+    if missing:
+        problems.append(f"{target} lacks {', '.join(sorted(missing))}")
+        return None
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    enabled = 1 if mask is None else sum(mask)
+    shapes = f"{target}: A is {list(a.shape)} and B is {list(b.shape)}"
+    if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
+        problems.append(f"{shapes}, expected matrices")
+    elif not enabled or a.shape[0] != b.shape[1] * enabled or b.shape[0] % enabled:
+        said = "one layer" if mask is None else f"{enabled} of {len(mask)} parts enabled"
+        problems.append(f"{shapes}, which is not {said}")
+    elif rank is not None and b.shape[1] != rank:
+        problems.append(f"{target}: the rank is {b.shape[1]}, {rank} was given")
+    else:
+        return {"A": a, "B": b if mask is None else _block_diagonal(b, mask, b.shape[1])}
+    return None
 
 
-def _adapter(found: Mapping[str, tuple[Tensor, Tensor, int]], alpha: float, rank: int) -> Adapter:
-    """One LoRA over all targets; those of another stored rank get a rank and an alpha of their own."""
-    ranks = {target: a.shape[0] for target, (a, _, _) in found.items() if a.shape[0] != rank}
-    alphas = {t: alpha * found[t][0].shape[0] / found[t][2] for t in found if found[t][0].shape[0] != found[t][2]}
-    spec = LoRA(
+def _block_diagonal(b: Tensor, mask: Sequence[bool], rank: int) -> Tensor:
+    """`[k out/n, r]` to `[out, k r]`: block j on the rows of the j-th enabled part."""
+    height = b.shape[0] // sum(mask)
+    whole = b.new_zeros(height * len(mask), rank * sum(mask))
+    for j, part in enumerate(i for i, on in enumerate(mask) if on):
+        whole[part * height : (part + 1) * height, j * rank : (j + 1) * rank] = b[j * height : (j + 1) * height]
+    return whole
+
+
+def _spec(parts: Sequence[Part], found: _Found, alpha: float) -> LoRA:
+    """A LoRA whose scale is alpha / r at every target, r loralib's own, also where parts were laid side by side."""
+    wide = {p.target: p.tensors["A"].shape[0] for p in parts if p.kind == "lora" and p.target is not None}
+    own = {target: found.factors[target]["lora_B"].shape[1] for target in wide}
+    rank = max(own.values())
+    keys = {target: "^" + re.escape(target) for target in wide}
+    return LoRA(
         rank=rank,
         alpha=alpha,
-        targets=tuple(found),
-        rank_pattern={_anchored(t): own for t, own in ranks.items()},
-        alpha_pattern={_anchored(t): own for t, own in alphas.items()},
+        targets=tuple(wide),
+        rank_pattern={keys[t]: r for t, r in wide.items() if r != rank},
+        alpha_pattern={keys[t]: alpha * r / own[t] for t, r in wide.items() if r != own[t]},
+        bias="lora_only" if found.biases else "none",
     )
-    parts = tuple(Part("lora", "weight", target, {"A": a, "B": b}) for target, (a, b, _) in found.items())
-    return Adapter(spec, parts, Provenance(extra={"from": "loralib"}))
 
 
-def _anchored(target: str) -> str:
-    """A pattern key that matches this target only (patterns are regular expressions after an optional prefix)."""
-    return "^" + target.replace(".", r"\.")
+def _is_named(target: str, names: Sequence[str]) -> bool:
+    return any(target == name or target.endswith(f".{name}") for name in names)
+
+
+def _by_name(table: Mapping[str, Sequence[bool]], target: str) -> Sequence[bool] | None:
+    for name, value in table.items():
+        if _is_named(target, (name,)):
+            return value
+    return None
