@@ -6,11 +6,14 @@ architecture.md's table in one place. A failure says which line to change and wh
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -234,6 +237,29 @@ def test_no_rival_is_imported() -> None:
     rivals = {"peft", "bitsandbytes", "xllamacpp", "llama_cpp", "vllm", "unsloth"}
     problems = [str(e) for e in edges() if e.target.split(".")[0] in rivals]
     fail_if(problems, "rivals belong in tests (mark `parity`) and in benchmarks/peers")
+
+
+def test_every_import_is_declared() -> None:
+    """What src imports is in pyproject.toml: a start-up cost or a missing package is never inherited by accident."""
+    project = tomllib.loads((SRC.parent / "pyproject.toml").read_text())["project"]
+    extras = {
+        name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "parity", "all")
+    }
+    lists = [project["dependencies"], *extras.values()]
+    declared = {_normal(re.split(r"[^\w.-]", line)[0]) for lines in lists for line in lines}
+    homes = packages_distributions()
+    problems = []
+    for edge in dict.fromkeys(edges()):
+        top = edge.target.split(".")[0]
+        if top == LAZY or top in sys.stdlib_module_names:
+            continue
+        if not declared & {_normal(name) for name in homes.get(top, [top])}:
+            problems.append(f"{edge}, which pyproject.toml does not name")
+    fail_if(problems, "add it to dependencies or to an extra, with the reason in docs/why/dependencies.md")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.parametrize(
