@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests import tinylm
+
 from veneer.adapter import Adapter
 from veneer.errors import Conflict, ResourceError, TrainingError, VeneerError
 from veneer.methods.lora import LoRA

@@ -41,7 +41,8 @@ def create(
         if spec.site == "kv" and seen is not None and seen.key is not None and seen.value is not None:
             return Factors(seen.key, seen.value)
         if not isinstance(spec, LowRankMethod):
-            return None
+            seen = gathered.get(target)
+            return None if seen is None or seen.key is None or seen.value is None else Factors(seen.key, seen.value)
         rank = spec.rank_at(target)
         return INITS[spec.init](host, rank, spec.scale(target, rank), gathered.get(target), own)
 

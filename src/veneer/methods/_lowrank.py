@@ -51,6 +51,7 @@ class LowRankMethod(Method):
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input during training")
     init: str = Field("default", description="initialisation scheme")
+    rho: float = Field(1.0, ge=1, description="init: eva: how far ranks may move between layers; 1 keeps them equal")
     rank_pattern: Mapping[str, int] = Field(default_factory=dict, description="target pattern -> rank")
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict, description="target pattern -> alpha")
     bias: Literal["none", "lora_only", "all"] = Field("none", description="which biases to train too")

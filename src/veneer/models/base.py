@@ -60,6 +60,7 @@ class Base:
     decoder    the frozen forward pass
     folder     where its converted files are, or None for a base made in memory
     quantize   format of its projections ("nf4", "int8", ...), or None
+    source     what `load_base` was given, so that the same base can be loaded again in another format
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Base:
         hf_config: Mapping[str, Any] | None = None,
         folder: Path | None = None,
         quantize: str | None = None,
+        source: str = "",
     ) -> None:
+        self.source = source or name
         self.name, self.identity, self.folder, self.decoder = name, identity, folder, decoder
         self.quantize = quantize
         self.hf_config: Mapping[str, Any] = {} if hf_config is None else hf_config

@@ -46,10 +46,10 @@ def load_base(
     pinned = CATALOG[label].sha256 if label in CATALOG else None
     found = converted(path, resolve(dtype, where), quantize, sha256=pinned)
     title = label if label in CATALOG else path.stem if path.is_file() else path.resolve().name
-    return open_converted(found, title, where)
+    return open_converted(found, title, where, label)
 
 
-def open_converted(found: Converted, name: str, device: torch.device) -> Base:
+def open_converted(found: Converted, name: str, device: torch.device, source: str = "") -> Base:
     """A base out of the cache, mapped."""
     raw, facts = found.config(), found.facts()
     config = decoder_config(raw)
@@ -69,7 +69,8 @@ def open_converted(found: Converted, name: str, device: torch.device) -> Base:
             help=f"delete {found.folder}; the base is converted again at the next start",
         )
     samples = {target: tuple(values) for target, values in facts["samples"].items()}
-    return Base(name, Decoder(config, where, held), facts["identity"], samples, raw, found.folder)
+    decoder = Decoder(config, where, held)
+    return Base(name, decoder, facts["identity"], samples, raw, found.folder, found.quantize, source)
 
 
 def _shape(held: Tensor | Frozen) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,7 @@ from veneer.methods import Method
 from veneer.models.bank import Dropout
 from veneer.models.base import Base
 from veneer.train import checkpoint
+from veneer.train.calibrate import calibrate, spread
 from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
 from veneer.train.events import Evaluation, Event, Preflight, Step
@@ -56,7 +57,6 @@ class Task:
     general: Dataset | None = None
     resolved: Resolved | None = None
     notes: tuple[str, ...] = ()
-    stats: dict[str, Any] = field(default_factory=dict)
 
 
 def run_task(
@@ -97,8 +97,10 @@ def _prepare(base: Base, task: Task, sizes: Fit) -> tuple[Run, dict[str, torch.G
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
         generator.manual_seed(task.config.seed * 1009 + offset)
-    spec = task.spec if base.tokenizer is None else task.spec.prepared(base.tokenizer.encode)
-    adapter = create(base, spec, generators["init"], stats=task.stats, provenance=provenance(base, task))
+    stats = calibrate(base, task.spec, task.dataset, task.config.seed)
+    spec = spread(task.spec, stats)
+    spec = spec if base.tokenizer is None else spec.prepared(base.tokenizer.encode)
+    adapter = create(base, spec, generators["init"], stats=stats, provenance=provenance(base, task))
     parameters = FlatParameters(adapter, base.decoder.device)
     optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config)
     rate = dropout_of(task.spec)
@@ -204,7 +206,8 @@ class _Writer:
         self.pending = None
 
     def _adapter(self, run: Run) -> Adapter:
-        adapter = self.task.spec.folded(run.parameters.snapshot())
+        snapshot = run.parameters.snapshot()
+        adapter = cast(Method, snapshot.spec).folded(snapshot)
         samples = {t: self.base.samples(t) for t in adapter.targets}
         return replace(adapter, provenance=replace(adapter.provenance, base_samples=samples))
 

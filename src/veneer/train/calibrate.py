@@ -1,0 +1,287 @@
+"""What data-driven starts ask for, gathered on a few batches with bounded memory.
+
+components  EVA: the strongest directions of each layer's inputs at labelled tokens, by incremental PCA. Layers that share an input
+            (q, k, v; gate, up) share one. A layer is done when its directions no longer turn.
+gradient    LoRA-GA: the loss's gradient by each target weight, averaged over batches, for as many layers at a time as fit.
+weight      LoftQ: the 16-bit weight behind a quantised one.
+key, value  prefix tuning: what a text leaves in the cache.
+
+Incremental PCA (arXiv 0709.1694 [stat]): the right singular vectors of [diag(S) V; X - mean; sqrt(N b / (N + b)) (old mean - new mean)].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from veneer.data import Dataset, batch, plan_epoch
+from veneer.errors import ConfigError
+from veneer.inits import InitStats, needs
+from veneer.inits import load_all as load_inits
+from veneer.inits.data_driven import spread_ranks
+from veneer.inject.targets import select
+from veneer.methods import Method
+from veneer.methods._lowrank import LowRankMethod
+from veneer.methods.prefix import PrefixTuning
+from veneer.models.bank import Bank
+from veneer.models.base import Base
+from veneer.models.decoder import Decoder, Run
+from veneer.ops.attention import attention
+from veneer.ops.low_rank import Frozen
+from veneer.types import Lowered, Override, Segment
+
+TOKENS = 16_384
+"""Tokens to look at. PCA and mean gradients of these bases settle well before."""
+
+TOLERANCE = 0.99
+"""Cosine between a direction before and after an update, from which on it counts as settled (EVA's tau)."""
+
+GRADIENT_BYTES = 512 * 2**20
+"""Memory for gradients that are gathered at a time."""
+
+Progress = Callable[[float], None]
+
+
+def calibrate(
+    base: Base, spec: Method, dataset: Dataset, seed: int, progress: Progress = lambda share: None
+) -> dict[str, InitStats]:
+    """What the init of `spec` needs, by target; empty for inits that need nothing."""
+    load_inits()
+    if isinstance(spec, PrefixTuning):
+        return {"": text_cache(base, spec)} if spec.init == "text" else {}
+    if not isinstance(spec, LowRankMethod) or not needs(spec.init):
+        return {}
+    targets = select(base.shape, spec).targets
+    wanted = needs(spec.init)
+    if "weight" in wanted:
+        return original_weights(base, targets)
+    passes = [rows for step in plan_epoch(dataset, seed, 0, 2048, 2048) for rows in step]
+    count = max(1, math.ceil(TOKENS / 2048))
+    if "gradient" in wanted:
+        return gradients(base, dataset, passes[:count], targets, progress)
+    most = max(spec.rank_at(t) for t in targets)
+    return input_directions(base, dataset, passes[:count], targets, math.ceil(spec.rho * most), progress)
+
+
+def spread(spec: Method, stats: Mapping[str, InitStats]) -> Method:
+    """EVA's redistribution: ranks move to the layers whose inputs have more to explain; the scale of each layer stays."""
+    if not isinstance(spec, LowRankMethod) or spec.init != "eva" or spec.rho <= 1:
+        return spec
+    if spec.rank_pattern or spec.alpha_pattern:
+        raise ConfigError(
+            "init: eva with rho > 1 chooses the ranks itself",
+            help="leave rank_pattern and alpha_pattern out, or set rho: 1",
+        )
+    ranks = spread_ranks(stats, spec.rank, spec.rho)
+    kept = {target: rank for target, rank in ranks.items() if rank}
+    keep_scale = (lambda r: r / spec.rank) if spec.scaling == "alpha/r" else (lambda r: math.sqrt(r / spec.rank))
+    return spec.model_copy(
+        update={
+            "targets": tuple(kept),
+            "exclude": (),
+            "layers": None,
+            "rank_pattern": {re.escape(t): r for t, r in kept.items()},
+            "alpha_pattern": {re.escape(t): spec.alpha * keep_scale(r) for t, r in kept.items()},
+        }
+    )
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Directions:
+    """The strongest directions of rows seen so far. `vectors` `[k, in]`, `values` `[k]`."""
+
+    size: int
+    count: int = 0
+    total: float = 0.0
+    mean: Tensor | None = None
+    vectors: Tensor | None = None
+    values: Tensor | None = None
+    settled: bool = False
+
+    def update(self, rows: Tensor) -> None:
+        """Take in more rows `[n, in]`."""
+        rows = rows.double()
+        mean = rows.mean(dim=0)
+        stacked = rows - mean
+        self.total += float(stacked.square().sum())
+        if self.mean is not None and self.vectors is not None and self.values is not None:
+            step = math.sqrt(self.count * len(rows) / (self.count + len(rows))) * (self.mean - mean)
+            self.total += float(step.square().sum())
+            stacked = torch.cat([self.values[:, None] * self.vectors, stacked, step[None]])
+            mean = (self.count * self.mean + len(rows) * mean) / (self.count + len(rows))
+        _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
+        vectors = vectors[: self.size]
+        if self.vectors is not None and self.vectors.shape == vectors.shape:
+            self.settled = bool(((vectors * self.vectors).sum(dim=1).abs() >= TOLERANCE).all())
+        self.mean, self.vectors, self.values = mean, vectors, values[: self.size]
+        self.count += len(rows)
+
+
+@dataclass
+class _Watched:
+    """A frozen product that shows its input to a watcher."""
+
+    inner: Frozen
+    see: Callable[[Tensor], None]
+    in_features: int = field(init=False)
+    out_features: int = field(init=False)
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.in_features, self.out_features = self.inner.in_features, self.inner.out_features
+        self.dtype = self.inner.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        self.see(x)
+        return self.inner.apply(x)
+
+    def apply_transposed(self, dy: Tensor) -> Tensor:
+        return self.inner.apply_transposed(dy)
+
+
+def input_directions(
+    base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], size: int, progress: Progress
+) -> dict[str, InitStats]:
+    """EVA's statistics for each target."""
+    group_of = {part.path: spec.name for spec in base.layout.groups for part in spec.parts}
+    found = {group_of[t]: Directions(size) for t in targets}
+    mask = torch.empty(0, dtype=torch.bool)
+
+    def watcher(name: str) -> Callable[[Tensor], None]:
+        def see(x: Tensor) -> None:
+            if not found[name].settled:
+                found[name].update(x[mask])
+
+        return see
+
+    watched = copy.copy(base.decoder)
+    watched.groups = {
+        name: replace(group, frozen=_Watched(group.frozen, watcher(name))) if name in found else group
+        for name, group in base.decoder.groups.items()
+    }
+    for number, rows in enumerate(passes):
+        item = batch(dataset, rows, -1)
+        mask = item.labels != -100
+        with torch.no_grad():
+            watched.forward(item.tokens, item.segments)
+        progress((number + 1) / len(passes))
+        if all(directions.settled for directions in found.values()):
+            break
+    return {
+        target: InitStats(components=seen.vectors.float(), energies=seen.values.float(), total=seen.total)
+        for target in targets
+        if (seen := found[group_of[target]]).vectors is not None and seen.values is not None
+    }
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], progress: Progress
+) -> dict[str, InitStats]:
+    """The mean gradient of the loss by each target weight, fp32 `[out, in]`."""
+    found: dict[str, InitStats] = {}
+    groups = list(_chunks(base, targets))
+    for number, chunk in enumerate(groups):
+        weights = {t: base.host(t).weight().detach().clone().requires_grad_() for t in chunk}
+        lowered = Lowered(overrides={f"{t}.weight": Override(w) for t, w in weights.items()})
+        bank = Bank.of([lowered], base.decoder.groups, base.layout.embed_path)
+        total = 0.0
+        for index, rows in enumerate(passes):
+            item = batch(dataset, rows, 0)
+            labelled = item.labelled
+            hidden = base.decoder.forward(item.tokens, item.segments, bank, rows=labelled)
+            loss = base.decoder.loss(hidden, item.labels[labelled], item.weights[labelled], (), bank)
+            loss.backward()
+            total += float(item.weights.sum())
+            progress((number + (index + 1) / len(passes)) / len(groups))
+        for target, weight in weights.items():
+            assert weight.grad is not None
+            found[target] = InitStats(gradient=weight.grad.float() / total)
+    return found
+
+
+def _chunks(base: Base, targets: Sequence[str]) -> Iterator[list[str]]:
+    """Targets in lots whose weights and gradients fit into the budget."""
+    lot: list[str] = []
+    used = 0
+    for target in targets:
+        shape = base.shape.hosts[target]
+        size = 2 * shape.in_features * shape.out_features * base.dtype.itemsize
+        if lot and used + size > GRADIENT_BYTES:
+            yield lot
+            lot, used = [], 0
+        lot.append(target)
+        used += size
+    if lot:
+        yield lot
+
+
+# -- weights and texts -------------------------------------------------------------------------------------------------
+
+
+def original_weights(base: Base, targets: Sequence[str]) -> dict[str, InitStats]:
+    """The weights behind a quantised base, from its converted 16-bit file; mapped, not read into memory."""
+    from veneer.models.load import load_base
+
+    if base.quantize is None:
+        raise ConfigError(
+            "init: loftq starts from what quantisation lost, and this base is not quantised", help="set quantize: nf4"
+        )
+    plain = load_base(base.source, dtype="bfloat16", device=base.device)
+    return {target: InitStats(weight=plain.host(target).weight()) for target in targets}
+
+
+class _Record:
+    """A cache that keeps the keys and values of one text."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def put_prefix(self, layer: int, sequence: int, key: Tensor, value: Tensor) -> None:
+        raise ConfigError("a text for a prefix is run on the bare base")
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Sequence[Run],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        self.keys.append(k.float())
+        self.values.append(v.float())
+        return attention(q, k, v, [run.length for run in runs], scale=scale, window=window, softcap=softcap)
+
+
+def text_cache(base: Base, spec: PrefixTuning) -> InitStats:
+    """Keys (after RoPE) and values of the spec's text, the first `num_tokens` of it."""
+    prepared = spec.prepared(base.require_tokenizer().encode)
+    ids = prepared.init_text
+    assert not isinstance(ids, str)
+    if len(ids) < spec.num_tokens:
+        raise ConfigError(
+            f"init_text has {len(ids)} tokens for {spec.num_tokens} virtual ones",
+            help="give a longer text or lower num_tokens",
+        )
+    record = _Record()
+    decoder: Decoder = base.decoder
+    with torch.no_grad():
+        tokens = torch.tensor(ids[: spec.num_tokens], device=base.device)
+        decoder.forward(tokens, [Segment(spec.num_tokens, 0)], cache=record)
+    return InitStats(key=torch.stack(record.keys), value=torch.stack(record.values))
