@@ -1,12 +1,13 @@
 """What data-driven starts ask for, gathered on a few batches with bounded memory.
 
-components  EVA: the strongest directions of each layer's inputs at labelled tokens, by incremental PCA. Layers that share an input
-            (q, k, v; gate, up) share one. A layer is done when its directions no longer turn.
+components  EVA: the strongest directions of each layer's inputs at labelled tokens, by incremental PCA. Layers that share an
+            input (q, k, v; gate, up) share one. A layer is done when its directions no longer turn.
 gradient    LoRA-GA: the loss's gradient by each target weight, averaged over batches, for as many layers at a time as fit.
 weight      LoftQ: the 16-bit weight behind a quantised one.
 key, value  prefix tuning: what a text leaves in the cache.
 
-Incremental PCA (arXiv 0709.1694 [stat]): the right singular vectors of [diag(S) V; X - mean; sqrt(N b / (N + b)) (old mean - new mean)].
+Incremental PCA (arXiv 0709.1694 [stat]): the right singular vectors of [diag(S) V; X - mean; w (old mean - new mean)],
+w = sqrt(N b / (N + b)).
 """
 
 from __future__ import annotations
