@@ -239,6 +239,31 @@ def test_an_unwritable_or_full_cache_is_said(
     assert not list((own_cache / "bases").iterdir())
 
 
+def test_a_cache_that_can_only_be_read_serves_what_it_holds(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(folder, dtype="float32")
+    shutil.rmtree(own_cache / "sources")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache.os, "replace", fail)
+    assert load_base(folder, dtype="float32").identity == base.identity
+
+
+def test_a_cache_folder_that_is_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "file"))
+    refused(ResourceError, "cannot write to the cache folder", "Not a directory", name=folder, dtype="float32")
+
+
+def test_another_file_beside_the_weights_is_left_alone(folder: Path) -> None:
+    wanted = load_base(folder, dtype="float32")
+    save_file({"w": torch.ones(2)}, folder / "consolidated.safetensors")
+    assert load_base(folder, dtype="float32").folder == wanted.folder
+
+
 def test_no_room_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "available_bytes", lambda: 1000)
     refused(ResourceError, "GB of memory", "free", name=folder, dtype="float32")
@@ -292,6 +317,9 @@ def test_folders_that_are_not_checkpoints(tmp_path: Path, folder: Path) -> None:
     refused(FormatError, "no .safetensors", name=folder)
     (folder / sources.INDEX).write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
     refused(FormatError, "part-1.safetensors", name=folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mamba"}))
+    refused(Unsupported, "model type 'mamba'", "veneer.attach", name=folder)
     (folder / "config.json").write_text("{half")
     refused(FormatError, "not readable JSON", name=folder)
 
@@ -323,7 +351,7 @@ def test_a_hub_id_is_a_folder_that_the_hub_gives(folder: Path, monkeypatch: pyte
 
     def snapshot(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((repository, revision))
-        assert "*.safetensors" in allow_patterns and not any("bin" in pattern for pattern in allow_patterns)
+        assert "model*.safetensors" in allow_patterns and not any("bin" in pattern for pattern in allow_patterns)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)

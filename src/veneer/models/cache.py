@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ResourceError
+from veneer.errors import FormatError, ResourceError
 from veneer.models.mapped import digest_of
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_log = logging.getLogger(__name__)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def cache_folder() -> Path:
@@ -107,14 +109,32 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `FormatError` that names the file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path} is not readable JSON: {error}", help="copy or download it again") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def remember(path: Path, value: Any) -> None:
+    """Write down what was worked out, to be quicker next time. A cache that is only read from is no error here."""
+    try:
+        write_json(path, value)
+    except ResourceError as error:
+        _log.info("not remembered: %s", error.message)
+
+
 def digest_of_files(files: Sequence[Path]) -> dict[str, str]:
     """File name -> SHA-256, hashed once as long as paths, sizes and times stay the same."""
     stats = [(str(path.resolve()), path.stat()) for path in files]
     seen = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     memo = cache_folder() / "sources" / f"{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json"
     if memo.exists():
-        found: dict[str, str] = json.loads(memo.read_text("utf-8"))
-        return found
+        return read_json(memo)
     found = {path.name: digest_of(path) for path in files}
-    write_json(memo, found)
+    remember(memo, found)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +26,9 @@ from veneer.models.cache import (
     digest_of_files,
     existing,
     locked,
+    read_json,
     refusals,
+    remember,
     replacing,
     sweep,
     write_json,
@@ -37,7 +38,7 @@ from veneer.models.config import DecoderConfig, Layout
 from veneer.models.dtype import DTYPES, NAMES
 from veneer.models.families import decoder_config, layout
 from veneer.models.packed import pack
-from veneer.models.sources import Source, files_of, open_source
+from veneer.models.sources import Source, config_of, files_of, open_source
 
 VERSION = 1  # of the cache's layout; a new number leaves older folders alone
 
@@ -65,12 +66,10 @@ class Converted:
         return self.folder / f"weights.{self.format}.json"
 
     def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "base.json").read_text("utf-8"))
-        return found
+        return read_json(self.folder / "base.json")
 
     def config(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text("utf-8"))
-        return found
+        return read_json(self.folder / "config.json")
 
     def is_complete(self) -> bool:
         return self.stamp.is_file() and self.weights.is_file() and (self.folder / "base.json").is_file()
@@ -81,6 +80,8 @@ def converted(path: Path, dtype: torch.dtype, quantize: str | None = None, *, sh
 
     A quantised form is made from the dense one in `dtype`, so its numbers are those of whoever quantises that checkpoint.
     """
+    if path.is_dir():
+        decoder_config(config_of(path))  # a family that is not known is refused before gigabytes are hashed
     digests = digest_of_files(files_of(path))
     if sha256 is not None and sha256 not in digests.values():
         raise FormatError(
@@ -110,7 +111,7 @@ def _quantize(dense: Converted, found: Converted, name: str) -> None:
 
 def verify(found: Converted) -> None:
     """Refuse a weights file that changed since it was written. Its bytes are hashed only where its size or time changed."""
-    stamp = json.loads(found.stamp.read_text("utf-8"))
+    stamp = read_json(found.stamp)
     stat = found.weights.stat()
     if [stat.st_size, stat.st_mtime_ns] == [stamp["size"], stamp["mtime_ns"]]:
         return
@@ -119,8 +120,7 @@ def verify(found: Converted) -> None:
             f"the converted weights {found.weights} were damaged since they were written",
             help=f"delete {found.folder}; the base is converted again at the next start",
         )
-    if os.access(found.folder, os.W_OK):
-        write_json(found.stamp, stamp | {"mtime_ns": stat.st_mtime_ns})
+    remember(found.stamp, stamp | {"mtime_ns": stat.st_mtime_ns})
 
 
 class _Recorder:

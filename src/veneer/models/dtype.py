@@ -6,7 +6,6 @@ not enough.
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from veneer.errors import ConfigError
-from veneer.models.cache import cache_folder, write_json
+from veneer.models.cache import cache_folder, read_json, remember
 from veneer.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,11 +37,11 @@ def bfloat16_is_faster() -> bool:
     """Whether bf16 products take less time than fp32 ones here. Measured once per machine and torch version."""
     remembered = cache_folder() / "dtype.json"
     key = f"{_processor()} torch {torch.__version__}"
-    known = json.loads(remembered.read_text("utf-8")) if remembered.exists() else {}
+    known = read_json(remembered) if remembered.exists() else {}
     if key not in known:
         seconds = {name: _seconds(dtype) for name, dtype in DTYPES.items()}
         known[key] = seconds
-        write_json(remembered, known)
+        remember(remembered, known)
     return bool(known[key]["bfloat16"] < known[key]["float32"])
 
 

@@ -6,7 +6,6 @@ never read: unpickling runs whatever code is inside.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import FormatError, NotFound, Unsupported, listed
+from veneer.models.cache import read_json
 from veneer.models.catalog import CATALOG, find
 from veneer.models.gguf import GgufFile
 from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import
@@ -63,7 +63,7 @@ def from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    wanted = ["*.safetensors", INDEX, "config.json", *TOKENIZER_FILES]
+    wanted = ["model*.safetensors", INDEX, "config.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except LocalEntryNotFoundError as error:
@@ -83,7 +83,37 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     others = [path / "config.json", path / INDEX, *(path / name for name in TOKENIZER_FILES)]
-    return sorted([*path.glob("*.safetensors"), *(file for file in others if file.is_file())])
+    return sorted([*weight_files(path), *(file for file in others if file.is_file())])
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder."""
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder} has no config.json", help="give the folder of a whole checkpoint")
+    return read_json(folder / "config.json")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder: those of the index, else model.safetensors, else all there are."""
+    index = path / INDEX
+    if index.is_file():
+        named = sorted(set(read_json(index).get("weight_map", {}).values()))
+        gone = [name for name in named if not (path / name).is_file()]
+        if gone or not named:
+            raise FormatError(f"{index} names files that are not there:\n{listed(gone)}", help="copy the missing files")
+        return [path / name for name in named]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = [file.name for pattern in PICKLES for file in path.glob(pattern)]
+    if pickles:
+        raise FormatError(
+            f"{path} has its weights as pickle ({', '.join(pickles)}), which can run code and is never read",
+            help="save the model with safetensors: model.save_pretrained(folder)",
+        )
+    raise FormatError(f"{path} has no .safetensors file", help="give the folder of a whole checkpoint")
 
 
 def open_source(path: Path) -> Source:
@@ -100,9 +130,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if not (path / "config.json").is_file():
-            raise FormatError(f"{path} has no config.json", help="give the folder of a whole checkpoint")
-        self.config = _json(path / "config.json")
+        self.config = config_of(path)
 
     @cached_property
     def _handles(self) -> dict[str, Any]:
@@ -110,34 +138,13 @@ class Folder:
         from safetensors import SafetensorError, safe_open
 
         handles: dict[str, Any] = {}
-        for file in self._weight_files():
+        for file in weight_files(self._path):
             try:
                 handle: Any = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{file} is damaged: {error}", help="copy or download it again") from error
             handles |= dict.fromkeys(handle.keys(), handle)
         return handles
-
-    def _weight_files(self) -> list[Path]:
-        index = self._path / INDEX
-        if index.is_file():
-            named = sorted(set(_json(index).get("weight_map", {}).values()))
-            gone = [name for name in named if not (self._path / name).is_file()]
-            if gone or not named:
-                raise FormatError(
-                    f"{index} names files that are not there:\n{listed(gone)}", help="copy the missing files"
-                )
-            return [self._path / name for name in named]
-        files = sorted(self._path.glob("*.safetensors"))
-        if not files:
-            pickles = [file.name for pattern in PICKLES for file in self._path.glob(pattern)]
-            if pickles:
-                raise FormatError(
-                    f"{self._path} has its weights as pickle ({', '.join(pickles)}), which can run code and is never read",
-                    help="save the model with safetensors: model.save_pretrained(folder)",
-                )
-            raise FormatError(f"{self._path} has no .safetensors file", help="give the folder of a whole checkpoint")
-        return files
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -158,13 +165,3 @@ class Folder:
 
     def tokenizer_files(self, folder: Path) -> None:
         copy_or_import(self._path, folder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}", help="copy or download it again") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from veneer.errors import DataError, FormatError, Unsupported
+from veneer.models.cache import read_json
 from veneer.models.chat import ChatTemplate
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -190,13 +191,7 @@ class Tokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not readable JSON: {error}") from error
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:
