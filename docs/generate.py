@@ -116,11 +116,23 @@ def cli() -> str:
 def _help(words: list[str]) -> str:
     from veneer.cli.main import run
 
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
+    with contextlib.redirect_stdout(shown), _columns(100):
         run([*words, "--help"])
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines()).strip()
+
+
+@contextlib.contextmanager
+def _columns(count: int) -> Iterator[None]:
+    """Help is wrapped to the terminal; a page has a width of its own."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(count)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _subverbs(shown: str) -> list[str]:
