@@ -11,7 +11,7 @@
 from veneer.data.cache import prepare
 from veneer.data.describe import Leaks, Statistics, leaks, statistics
 from veneer.data.formats import FORMATS, detect
-from veneer.data.masking import TRAIN_ON, TextTokenizer, TrainOn
+from veneer.data.masking import TRAIN_ON, TextTokenizer, TrainOn, prompt_tokens
 from veneer.data.packing import IGNORED, Batch, batch, pack, plan_epoch, plan_rows
 from veneer.data.read import file_digest, from_records, load
 from veneer.data.rows import Chat, Raw, Row, Rows
@@ -43,5 +43,6 @@ __all__ = [
     "plan_epoch",
     "plan_rows",
     "prepare",
+    "prompt_tokens",
     "statistics",
 ]

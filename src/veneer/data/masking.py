@@ -177,6 +177,14 @@ def _check_prefix(i: int, before: str, after: str, text: str) -> None:
         )
 
 
+def prompt_tokens(row: Row, tokenizer: TextTokenizer) -> list[int]:
+    """The tokens before a row's last answer: what serving would be given to write it."""
+    if isinstance(row, Raw):
+        return _with_specials(row.prompt, tokenizer)
+    last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+    return tokenizer.encode(tokenizer.render(row.messages[:last], tools=row.tools, add_generation_prompt=True))
+
+
 def _encode_raw(row: Raw, tokenizer: TextTokenizer, train_on: TrainOn) -> Encoded:
     prompt = _with_specials(row.prompt, tokenizer)
     completion = tokenizer.encode(row.completion) if row.completion else []
