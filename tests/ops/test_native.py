@@ -14,7 +14,7 @@ from veneer.ops.attention import attention
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.gated import gated_reference
 from veneer.ops.native import attention as native
-from veneer.ops.native import build, rows
+from veneer.ops.native import build, few, rows
 from veneer.ops.norm import rms_norm_reference
 from veneer.ops.rope import rotary_reference
 
@@ -193,3 +193,34 @@ def test_nf4(block: int) -> None:
     out = torch.empty(24 * 256, dtype=torch.bfloat16)
     assert rows.nf4_dequantise(stored.packed, stored.scales(), block, nf4.levels(), out)
     assert torch.equal(out.view(24, 256), stored.dequantise(torch.empty(24, 256)).bfloat16())
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("m", [1, 6, 33])
+def test_product_of_few_rows(n: int, m: int) -> None:
+    x, w = bf16(n, 160)[:, 32:], bf16(m, 128, seed=1)
+    found = few.product(x, w)
+    assert found is not None
+    exact = x.double() @ w.double().t()
+    assert relative(found, exact) < 3e-3
+    wide = bf16(n, m + 3, seed=2)
+    before = wide.clone()
+    assert few.add_product(wide[:, 2 : m + 2], x, w)
+    assert relative(wide[:, 2 : m + 2], before[:, 2 : m + 2].double() + exact) < 3e-3
+    assert torch.equal(wide[:, :2], before[:, :2]) and torch.equal(wide[:, m + 2 :], before[:, m + 2 :])
+
+
+@needs_kernels
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads, kv, d", [(9, 3, 64), (4, 4, 16), (16, 1, 128)])
+def test_decode(heads: int, kv: int, d: int, window: int | None) -> None:
+    lengths = [1, 200, 129, 31]
+    store = bf16(4, 220, 2, kv, d, seed=3)
+    k, v = store[:, :, 0], store[:, :, 1]
+    store[0, 1:] = torch.nan  # never read
+    q, how = bf16(4, heads, d), Scores(d**-0.5, window, None)
+    found = few.decode(q, k, v, lengths, how)
+    assert found is not None
+    exact = blocks.decode(q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, how)
+    assert relative(found, exact) < 4e-3

@@ -19,6 +19,7 @@ from torch import Tensor
 from veneer.ops import blocks
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.native import attention as native
+from veneer.ops.native import few
 
 Prefix: TypeAlias = Sequence[tuple[Tensor, Tensor] | None]
 """Per sequence: keys and values `[p, K, D]` that stand before it, or None."""
@@ -77,7 +78,9 @@ def decode_attention(
 
     Rows of a store from lengths[b] on count for nothing, but must be finite.
     """
-    return blocks.decode(q, k, v, list(lengths), Scores(scale, window, softcap))
+    how = Scores(scale, window, softcap)
+    found = few.decode(q, k, v, list(lengths), how)
+    return blocks.decode(q, k, v, list(lengths), how) if found is None else found
 
 
 def attention_reference(

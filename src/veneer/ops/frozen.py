@@ -1,7 +1,9 @@
 """A product with a weight that never changes, and the dense kind.
 
-The surprise: in fp32 the product goes through oneDNN by hand. torch sends it to MKL, which takes a narrower path on CPUs of
-other makers: 2.1x slower where we measured it (AMD, AVX-512). In bf16 torch uses oneDNN by itself.
+The surprise: which library multiplies decides half of the time. In fp32 torch asks MKL, which takes a narrower path on CPUs of
+other makers: 2.1x slower where we measured it (AMD, AVX-512), so fp32 goes through oneDNN by hand. In bf16 torch uses oneDNN by
+itself, which copies the weight into a layout of its own at each call: nothing for many rows, half of the time for the few rows of
+a decoding step, so those have a kernel of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from veneer.ops.native import few
 
 
 @runtime_checkable
@@ -63,7 +67,8 @@ def product(x: Float[Tensor, "n k"], w: Float[Tensor, "k m"]) -> Float[Tensor, "
     """x w, by the library that is fastest at it. No gradient is recorded."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= 16 and _onednn():
         return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")  # type: ignore[no-any-return]
-    return torch.mm(x, w)
+    found = few.product(x, w.t())
+    return torch.mm(x, w) if found is None else found
 
 
 @cache

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.ops.frozen import DenseFrozen, Frozen
+from veneer.ops.frozen import DenseFrozen, Frozen, product
+from veneer.ops.native import few
 from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
 from veneer.types import Span
@@ -144,9 +145,10 @@ def _decode(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numb
         x = x * packs.in_scales[numbers]
     y = frozen.apply(x)
     if packs.A is not None:
-        h = (x @ packs.A.t()).masked_fill_(numbers[:, None] != packs.owners, 0)
+        h = product(x, packs.A.t()).masked_fill_(numbers[:, None] != packs.owners, 0)
         for columns, ranks, b in packs.parts:
-            y[:, columns].addmm_(h[:, ranks], b.t())
+            if not few.add_product(y[:, columns], h[:, ranks], b):
+                y[:, columns].addmm_(h[:, ranks], b.t())
     if packs.out_scales is not None:
         y *= packs.out_scales[numbers]
     if packs.biases is not None:
