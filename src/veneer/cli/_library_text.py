@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli._output import bytes_text, count_text, say, say_table
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def fields(version: Version) -> dict[str, Any]:
-    return {"ref": version.ref, **asdict(version)}
+    return {"ref": version.ref, **version._asdict()}
 
 
 def base_text(version: Version) -> str:

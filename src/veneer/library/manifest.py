@@ -81,7 +81,7 @@ class Manifest(SealedRecord):
 
     def describes(self, content: Content) -> Version:
         """The `Version` of this manifest, whose bytes are `content`."""
-        fields = {key: getattr(self, key) for key in Version.__dataclass_fields__ if key != "manifest"}
+        fields = {key: getattr(self, key) for key in Version._fields if key != "manifest"}
         return Version(**fields, manifest=hashlib.sha256(content).hexdigest())
 
     def listed(self) -> tuple[File, ...]:

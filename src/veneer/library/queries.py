@@ -14,7 +14,7 @@ from veneer.library.records import Alias, File, Move, Version
 from veneer.library.resolve import DEFAULT, Reference, check_alias
 from veneer.registry import did_you_mean
 
-VERSION_COLUMNS = tuple(t.versions.c[field] for field in Version.__dataclass_fields__)
+VERSION_COLUMNS = tuple(t.versions.c[field] for field in Version._fields)
 ALIAS_COLUMNS = tuple(t.aliases.c[field] for field in Alias.__dataclass_fields__)
 MOVE_COLUMNS = tuple(t.moves.c[field] for field in Move.__dataclass_fields__)
 
@@ -114,7 +114,7 @@ def listed_versions(
         if limit < 1:
             raise ConfigError(f"a limit is 1 or more, got {limit}")
         query = query.limit(limit)
-    return tuple(Version(*row) for row in connection.execute(query))
+    return tuple(map(Version._make, connection.execute(query)))
 
 
 def _like(pattern: str) -> str:
@@ -184,8 +184,7 @@ def insert_version(
     metrics_: Mapping[str, float],
 ) -> None:
     key = {"name": version.name, "version": version.version}
-    facts = {field: getattr(version, field) for field in Version.__dataclass_fields__}
-    connection.execute(t.versions.insert(), facts)
+    connection.execute(t.versions.insert(), version._asdict())
     connection.execute(t.files.insert(), [{**key, "path": f.path, "blob": f.blob, "bytes": f.bytes} for f in files_])
     if parents_:
         connection.execute(t.parents.insert(), [{**key, "parent": parent} for parent in dict.fromkeys(parents_)])

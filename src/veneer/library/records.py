@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,8 @@ class File:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One immutable adapter in the library.
+class Version(NamedTuple):
+    """One immutable adapter in the library. (A tuple, so that listing ten thousand takes milliseconds.)
 
     digest      `Adapter.digest`: weights, normalised config and base identity
     base        identity of the base it was accepted for (the one it names itself where it was added without a base), or None
