@@ -271,7 +271,7 @@ class Engine:
 
     def _answer(self, id: str, ticket: Ticket, choice: int, leader: Seq | None, now: float) -> Answer:
         asked = ticket.request
-        limit = ticket.limit or self.base.config.max_positions - len(ticket.tokens)
+        limit = ticket.limit or min(self.limits.answer, self.base.config.max_positions - len(ticket.tokens))
         seq = Seq(
             id=next(self._numbers),
             request=id,

@@ -99,6 +99,7 @@ class Limits:
     streams       sequences running at once
     adapters      distinct adapters running at once; they are what a decode step pays for
     waiting       sequences waiting at once; more are refused
+    answer        most tokens of an answer whose request names no limit
     patience      seconds after which nobody may overtake a waiting sequence any more
     chunk         prompt tokens in a step while others decode: least and most
     alone         prompt tokens in a step while nobody decodes
@@ -109,6 +110,7 @@ class Limits:
     streams: int = 64
     adapters: int = 32
     waiting: int = 1024
+    answer: int = 2048
     patience: float = 2.0
     chunk: tuple[int, int] = (32, 512)
     alone: int = 1024

@@ -1,0 +1,294 @@
+"""OpenAI's routes: chat completions, completions, models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from veneer.engine import Delta, Event, Failed, Finished
+from veneer.engine.intake import Ticket
+from veneer.errors import ConfigError, VeneerError
+from veneer.server import bodies, logs
+from veneer.server.keys import Key
+from veneer.server.loop import Stream
+from veneer.server.service import Asked, Service
+from veneer.server.shelf import draw_of
+from veneer.server.streaming import EventStream, merged, unless_gone, whole
+from veneer.server.wire import ChatRequest, CompletionRequest, Generation
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
+DEFAULT_COMPLETION = 16
+"""Tokens of a completion that names no limit: OpenAI's own default."""
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def key_of(request: Request) -> Key:
+    key: Key = request.state.key
+    return key
+
+
+@dataclass(eq=False)
+class Answer:
+    """One HTTP answer in the making: one stream per prompt."""
+
+    service: Service
+    key: Key
+    asked: Asked
+    heading: bodies.Heading
+    streams: Sequence[Stream]
+    echoes: Sequence[str]
+    started: float
+    finished: list[Finished] = field(default_factory=list)
+    status: int = 200
+    open: bool = True
+
+    def headers(self) -> dict[str, str]:
+        return {
+            "x-veneer-adapter": self.asked.versions.encode("ascii", "replace").decode(),
+            "x-veneer-digest": "+".join(self.asked.digests) or "base",
+        }
+
+    def end(self, outcome: str) -> None:
+        """Give back what the request held, count it and log it: once, however it ended."""
+        if not self.open:
+            return
+        self.open = False
+        for stream in self.streams:
+            stream.cancel()
+        tokens = sum(answer.usage.completion for answer in self.finished)
+        self.service.keyring.end(self.key, tokens)
+        self.service.count(self.asked.versions, self.key.name, outcome, self.finished)
+        self.service.metrics.ended(self.asked.title, outcome, self.finished)
+        first = self.finished[0] if self.finished else None
+        logs.answered(
+            id=self.heading.id,
+            key=self.key.name,
+            model=self.heading.model,
+            adapter=self.asked.versions,
+            digest="+".join(self.asked.digests) or None,
+            base=self.service.base.identity,
+            outcome=outcome,
+            finish=[answer.reason for answer in self.finished],
+            prompt_tokens=sum(len(stream.ticket.tokens) for stream in self.streams),
+            cached_tokens=sum(a.usage.cached for a in self.finished if a.choice == 0),
+            completion_tokens=tokens,
+            queue_ms=None if first is None else round(first.timing.queue * 1e3, 1),
+            first_token_ms=None if first is None else round(first.timing.first_token * 1e3, 1),
+            total_ms=round((time.monotonic() - self.started) * 1e3, 1),
+        )
+
+
+@router.post("/chat/completions", response_model=None)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    body.refuse_tools()
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    most = body.max_completion_tokens or body.max_tokens
+    return await _answer(request, body, [[m.plain() for m in body.messages]], most, top, chat=True)
+
+
+@router.post("/completions", response_model=None)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue one text or several."""
+    body.refuse_unsupported()
+    most = DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens
+    return await _answer(request, body, body.prompts(), most, body.logprobs, chat=False, echo=body.echo)
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The base and every adapter of the library that this key may use."""
+    service, key = service_of(request), key_of(request)
+    cards = await asyncio.to_thread(_cards, service, key)
+    states = await service.loop.call(service.engine.residency.slots.states)
+    for card in cards:
+        if "digest" in card:
+            card["state"] = states.get(card["digest"], "available")
+    return {"object": "list", "data": cards}
+
+
+@router.get("/models/{model:path}")
+async def model(model: str, request: Request) -> dict[str, Any]:
+    """One of them."""
+    service, key = service_of(request), key_of(request)
+    if service.adapter_of(model) is None:
+        return _base_card(service)
+    asked = await asyncio.to_thread(service.asked, model, [], 0.0, key)
+    states = await service.loop.call(service.engine.residency.slots.states)
+    card = _card(service, model, asked.uses[0].name, asked.digests[0])
+    return {**card, "state": states.get(asked.digests[0], "available")}
+
+
+async def _answer(
+    request: Request,
+    body: Generation,
+    prompts: Sequence[Any],
+    max_tokens: int | None,
+    logprobs: int | None,
+    *,
+    chat: bool,
+    echo: bool = False,
+) -> Response:
+    service, key, started = service_of(request), key_of(request), time.monotonic()
+    if max_tokens is not None and max_tokens > service.settings.max_tokens:
+        raise ConfigError(
+            f"max_tokens is {max_tokens:,}; this server answers with at most {service.settings.max_tokens:,}"
+        )
+    id = f"{'chatcmpl' if chat else 'cmpl'}-{request.state.id}"
+    draw = draw_of(body.prompt_cache_key or body.user or id)
+    asked = await asyncio.to_thread(service.asked, body.model, body.adapters(), draw, key)
+
+    def read() -> list[Ticket]:
+        return [
+            service.engine.read(
+                body.request(
+                    prompt,
+                    asked.uses,
+                    id=f"{id}-{place}",
+                    max_tokens=max_tokens,
+                    logprobs=logprobs,
+                    timeout=service.settings.timeout,
+                )
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+
+    tickets = await asyncio.to_thread(read)
+    echoes = [_text(service, prompt) if echo else "" for prompt in prompts]
+    service.keyring.begin(key, sum(len(ticket.tokens) for ticket in tickets))
+    identity = (service.base.identity or "unknown")[:12]
+    mark = f"{identity}-{'+'.join(d[:12] for d in asked.digests)}" if asked.digests else identity
+    heading = bodies.Heading(id, int(time.time()), body.model or service.base.name, mark, chat)
+    answer = Answer(service, key, asked, heading, [], echoes, started)
+    try:
+        answer.streams = await _submit(service, tickets)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return await _streamed(request, answer, usage=usage)
+        return await _whole(request, answer)
+    except BaseException as error:
+        answer.end(_outcome(error))
+        raise
+
+
+async def _submit(service: Service, tickets: Sequence[Ticket]) -> list[Stream]:
+    streams: list[Stream] = []
+    try:
+        for ticket in tickets:
+            streams.append(await service.loop.submit(ticket))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams
+
+
+async def _whole(request: Request, answer: Answer) -> Response:
+    answer.finished = await unless_gone(request, whole(answer.streams))
+    n = answer.streams[0].ticket.request.n
+    body = bodies.completion(answer.heading, answer.finished, answer.echoes, n)
+    late = any(found.reason == "timeout" for found in answer.finished)
+    answer.end("timeout" if late else "ok")
+    if late:
+        text = f"the answer took longer than {answer.service.settings.timeout:g} seconds"
+        return JSONResponse(bodies.error_body(text, "timeout_error", code="timeout"), 504, answer.headers())
+    return JSONResponse(body, headers=answer.headers())
+
+
+async def _streamed(request: Request, answer: Answer, *, usage: bool) -> Response:
+    events = merged(answer.streams)
+    first = await unless_gone(request, anext(events))
+    if isinstance(first[1], Failed):
+        raise first[1].error
+    outcome = ["cancelled"]
+
+    async def lines() -> AsyncIterator[Mapping[str, Any]]:
+        n = answer.streams[0].ticket.request.n
+        pieces = Pieces(answer.heading, answer.echoes, n)
+        for line in pieces.of(*first, note=answer.finished.append):
+            yield line
+        async for place, event in events:
+            for line in pieces.of(place, event, note=answer.finished.append):
+                yield line
+        if usage:
+            yield bodies.usage_chunk(answer.heading, answer.finished)
+        outcome[0] = "error" if pieces.failed else "ok"
+
+    def ended(stayed: bool) -> None:
+        answer.end(outcome[0] if stayed else "cancelled")
+
+    return EventStream(lines(), ended, answer.headers())
+
+
+class Pieces:
+    """Chunks of an answer, from its events."""
+
+    def __init__(self, heading: bodies.Heading, echoes: Sequence[str], n: int) -> None:
+        self._heading, self._echoes, self._n = heading, echoes, n
+        self._lengths: dict[int, int] = {}
+        self.failed = False
+
+    def of(self, place: int, event: Event, *, note: Callable[[Finished], None]) -> list[dict[str, Any]]:
+        """The chunks for one event of the prompt at `place`; finished answers are noted."""
+        index = place * self._n + event.choice
+        found: list[dict[str, Any]] = []
+        if isinstance(event, Failed):
+            self.failed = True
+            return [bodies.body_of(event.error)]
+        if index not in self._lengths:
+            echo = self._echoes[place]
+            self._lengths[index] = len(echo)
+            if self._heading.chat or echo:
+                found.append(bodies.first_chunk(self._heading, index, echo))
+        if isinstance(event, Delta) and (event.text or event.logprobs):
+            found.append(bodies.chunk(self._heading, index, event.text, event.logprobs, self._lengths[index]))
+            self._lengths[index] += len(event.text)
+        if isinstance(event, Finished):
+            note(event)
+            found.append(bodies.last_chunk(self._heading, index, event))
+        return found
+
+
+def _outcome(error: BaseException) -> str:
+    if isinstance(error, VeneerError):
+        return "refused" if bodies.status_of(error)[0] < 500 else "error"
+    return "cancelled"
+
+
+def _text(service: Service, prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else service.base.require_tokenizer().decode(prompt)
+
+
+def _cards(service: Service, key: Key) -> list[dict[str, Any]]:
+    local = service.engine.residency.local
+    cards = [_base_card(service)] if key.may_use(None) else []
+    cards += [_card(service, n, n, local.resolve(n).digest) for n in local.names() if key.may_use(n)]
+    cards += [_card(service, v.name, v.ref, v.digest) for v in service.shelf.newest() if key.may_use(v.name)]
+    return cards
+
+
+def _base_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.base.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "veneer",
+        "root": service.base.name,
+        "parent": None,
+        "max_model_len": service.base.config.max_positions,
+    }
+
+
+def _card(service: Service, id: str, root: str, digest: str) -> dict[str, Any]:
+    head = {"id": id, "object": "model", "created": 0, "owned_by": "veneer"}
+    return {**head, "root": root, "parent": service.base.name, "digest": digest}

@@ -1,0 +1,154 @@
+"""One server's parts, joined: base, engine thread, library, keys, metrics; and from a model name to what runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from veneer.engine import Engine, Finished, Use
+from veneer.errors import ConfigError, Denied, NotFound
+from veneer.library import Library
+from veneer.models.base import Base
+from veneer.server.keys import Key, Keyring
+from veneer.server.loop import EngineLoop
+from veneer.server.metrics import Metrics, Snapshot
+from veneer.server.settings import Settings
+from veneer.server.shelf import Shelf
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request's model and adapter fields mean now.
+
+    uses     for the engine: versions, never moving names
+    names    adapter names without version, for permissions and metrics
+    digests  content identities
+    """
+
+    uses: tuple[Use, ...] = ()
+    names: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str | None:
+        """One word for it: the adapter's name, "a+b", or None for the base."""
+        return "+".join(self.names) or None
+
+    @property
+    def versions(self) -> str:
+        """What answers, for headers and logs."""
+        return ", ".join(use.name if use.scale == 1.0 else f"{use.name}*{use.scale:g}" for use in self.uses) or "base"
+
+
+class Service:
+    """Everything that the routes need. `names` remembers digest -> version for people to read."""
+
+    def __init__(
+        self, base: Base, engine: Engine, shelf: Shelf, keyring: Keyring, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.base, self.engine, self.shelf = base, engine, shelf
+        self.keyring, self.settings, self.metrics = keyring, settings, metrics
+        self.loop = EngineLoop(engine, metrics)
+        self.names: dict[str, str] = {}
+        self.usage: dict[str, Counter[str]] = {}
+
+    def asked(self, model: str, adapters: Sequence[Use], draw: float, key: Key) -> Asked:
+        """What `model` and the `adapter` field stand for, if `key` may use it. Reads the library: not for the event loop."""
+        named = self.adapter_of(model)
+        if named is not None and adapters:
+            raise ConfigError(
+                f"the model field names the adapter '{named}', and the adapter field names others",
+                help=f"set model to '{self.base.name}' and list all in the adapter field",
+            )
+        wanted = list(adapters) if named is None else [Use(named)]
+        found = [self._one(use, draw) for use in wanted]
+        names: list[str | None] = [name for _, name, _ in found]
+        for name in names or [None]:
+            if not key.may_use(name):
+                raise Denied(f"the key '{key.name}' may not use {name or 'the bare base'}", known=True)
+        return Asked(
+            tuple(use for use, _, _ in found),
+            tuple(name for _, name, _ in found),
+            tuple(digest for _, _, digest in found),
+        )
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a model name means, or None for the base: `base`, `base:adapter` and `adapter` are understood."""
+        if model in ("", self.base.name):
+            return None
+        return model.removeprefix(f"{self.base.name}:")
+
+    def _one(self, use: Use, draw: float) -> tuple[Use, str, str]:
+        local = self.engine.residency.local
+        if use.name in local:
+            found = local.resolve(use.name)
+            self.names[found.digest] = use.name
+            return use, use.name, found.digest
+        try:
+            version = self.shelf.version_of(use.name, draw)
+        except ConfigError as error:
+            raise NotFound(f"no model is called {use.name[:100]!r}", help=error.message) from error
+        self.names[version.digest] = version.ref
+        return Use(version.ref, use.scale), version.name, version.digest
+
+    def count(self, versions: str, key: str, outcome: str, answers: Sequence[Finished]) -> None:
+        """Exact totals, by what answered and by key."""
+        for who in (f"adapter {versions}", f"key {key}"):
+            total = self.usage.setdefault(who, Counter())
+            total["requests"] += 1
+            total[outcome] += 1
+            total["completion_tokens"] += sum(a.usage.completion for a in answers)
+            total["prompt_tokens"] += sum(a.usage.prompt for a in answers if a.choice == 0)
+            total["cached_tokens"] += sum(a.usage.cached for a in answers if a.choice == 0)
+
+    def snapshot(self) -> Snapshot:
+        """The engine now. Call on its thread."""
+        engine, slots = self.engine, self.engine.residency.slots
+        while engine.residency.load_seconds:
+            self.metrics.load.observe(engine.residency.load_seconds.popleft())
+        states = Counter(slots.states().values())
+        counters = slots.counters
+        return Snapshot(
+            running=len(engine.scheduler.running),
+            waiting=len(engine.scheduler.waiting),
+            adapters={s: states[s] for s in ("available", "loading", "resident", "draining", "failed")},
+            adapter_bytes=slots.charged,
+            adapter_budget=slots.budget,
+            events={
+                "hit": counters.hits,
+                "miss": counters.misses,
+                "load": counters.loads,
+                "eviction": counters.evictions,
+                "failure": counters.failures,
+            },
+            kv={"promised": engine.book.promised, "kept": engine.book.kept, "budget": engine.book.budget},
+            chunk=engine.scheduler.pace.chunk,
+            most_adapters=engine.limits.adapters,
+            running_adapters=self._titles(s.adapter for s in engine.scheduler.running),
+            waiting_adapters=self._titles(s.adapter for s in engine.scheduler.waiting)[: engine.limits.adapters],
+        )
+
+    def _titles(self, keys: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted({self.names.get(key, key[:12]) for key in keys if key}))
+
+
+def make_service(
+    base: Base,
+    *,
+    library: Library | None = None,
+    keyring: Keyring | None = None,
+    settings: Settings | None = None,
+    engine: Engine | None = None,
+) -> Service:
+    """A service with sensible parts where none are given."""
+    settings = settings or Settings()
+    shelf = Shelf(library)
+    return Service(
+        base,
+        engine or Engine(base, source=shelf),
+        shelf,
+        keyring or Keyring(),
+        settings,
+        Metrics(settings.named_adapters),
+    )

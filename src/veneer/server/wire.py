@@ -1,0 +1,248 @@
+"""What comes over the network: OpenAI's request bodies with vLLM's extra fields, checked strictly.
+
+A field that is not known is refused, as OpenAI does: an option that is silently ignored gives an answer that nobody asked for.
+Fields that change nothing here (`user`, `metadata`, `store`, `service_tier`, ...) are taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from veneer.engine import Constraint, Request, Sampling, Use
+from veneer.errors import ConfigError, Unsupported
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class AdapterUse(Wire):
+    """An adapter and the factor on its effective scale."""
+
+    name: str = Field(min_length=1, max_length=128)
+    scale: float = 1.0
+
+
+Adapters: TypeAlias = str | AdapterUse | list[str | AdapterUse]
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchema(Wire):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs a json_schema")
+        return self
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Wire):
+    """One turn. Content may be text or a list of text parts."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    tool_calls: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As the chat templates take it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        return (
+            {"role": role, "content": text} if self.name is None else {"role": role, "content": text, "name": self.name}
+        )
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class Generation(Wire):
+    """What both kinds of completion take."""
+
+    model: str = Field("", max_length=256, description="The base's name, or an adapter: name, name@version, name@alias")
+    adapter: Adapters | None = Field(None, description="An adapter with a scale, or several whose updates add")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logit_bias: dict[int, float] | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    response_format: ResponseFormat | None = None
+    # vLLM's
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool = False
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    # taken, and of no effect here
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > 16:
+            raise ValueError("at most 16 stop strings")
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("a stop string must not be empty")
+        return value
+
+    def constraint(self) -> Constraint | None:
+        """The one constraint on the answer, or None."""
+        found: list[Constraint] = []
+        if self.response_format is not None and self.response_format.type == "json_object":
+            found.append(Constraint("json"))
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            found.append(Constraint("json_schema", self.response_format.json_schema.schema_))
+        if self.guided_json is not None:
+            found.append(Constraint("json_schema", self.guided_json))
+        if self.guided_regex is not None:
+            found.append(Constraint("regex", self.guided_regex))
+        if self.guided_grammar is not None:
+            found.append(Constraint("grammar", self.guided_grammar))
+        if self.guided_choice is not None:
+            found.append(_one_of(self.guided_choice))
+        if len(found) > 1:
+            raise ConfigError("an answer can follow one constraint, not several", help="leave out all but one of them")
+        return found[0] if found else None
+
+    def request(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        uses: Sequence[Use],
+        *,
+        id: str,
+        max_tokens: int | None,
+        logprobs: int | None,
+        timeout: float,
+    ) -> Request:
+        """The engine's request."""
+        return Request(
+            prompt=prompt,
+            adapter=tuple(uses) or None,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            sampling=Sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias=self.logit_bias or {},
+                seed=self.seed,
+            ),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            include_stop=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            constraint=self.constraint(),
+            n=self.n,
+            timeout=timeout,
+            id=id,
+        )
+
+    def adapters(self) -> list[Use]:
+        """The `adapter` field."""
+        if self.adapter is None:
+            return []
+        asked = self.adapter if isinstance(self.adapter, list) else [self.adapter]
+        return [Use(one) if isinstance(one, str) else Use(one.name, one.scale) for one in asked]
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    def refuse_tools(self) -> None:
+        if self.tools and self.tool_choice != "none":
+            raise Unsupported(
+                "tool calls are not supported", help="describe the tools in a message, or constrain the answer"
+            )
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several prompts."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise ConfigError("the prompt is empty")
+        if isinstance(prompt[0], int):
+            return [[t for t in prompt if isinstance(t, int)]]
+        return [p for p in prompt if isinstance(p, str | list)]
+
+    def refuse_unsupported(self) -> None:
+        if self.best_of is not None and self.best_of != self.n:
+            raise Unsupported("best_of other than n is not supported")
+        if self.suffix:
+            raise Unsupported("suffix is not supported")
+
+
+def _one_of(choices: Sequence[str]) -> Constraint:
+    return Constraint("grammar", "start: " + " | ".join(json.dumps(choice) for choice in choices))
