@@ -12,11 +12,14 @@ import pytest
 import torch
 from tests.models import gguf_writer, tiny
 
+from veneer.engine.arena import Arena
 from veneer.errors import FormatError, Unsupported
+from veneer.models.base import Base
 from veneer.models.families import decoder_config
 from veneer.models.gguf import GgufFile
 from veneer.models.gguf_file import Container
 from veneer.models.load import load_base
+from veneer.types import Segment
 
 VARIANTS = (
     "llama",
@@ -138,3 +141,22 @@ def test_the_demo_base_says_what_transformers_says() -> None:
         found = base.logits(ids)
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert base.require_tokenizer().decode([int(found[0, -1].argmax())]) == " Rome"
+    said = theirs.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
+    assert greedy(base, ids[0], 32) == said.tolist()
+
+
+def greedy(base: Base, ids: torch.Tensor, count: int) -> list[int]:
+    """Greedy text with a cache."""
+    config = base.config
+    arena = Arena(config.layers, config.kv_heads, config.head_dim, base.dtype, base.device)
+    arena.open(0, len(ids) + count)
+    feed, start, said = ids, 0, []
+    with torch.no_grad():
+        for _ in range(count):
+            last = torch.tensor([len(feed) - 1])
+            hidden = base.decoder.forward(feed, [Segment(len(feed), 0, -1, start)], cache=arena, rows=last)
+            start, feed = start + len(feed), base.decoder.logits(hidden).argmax(1)
+            said.append(int(feed))
+    return said
