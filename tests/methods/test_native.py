@@ -280,6 +280,7 @@ def test_blocks_that_are_not_there(layers: Any, base: Base) -> None:
         ({"kind": "ia3", "targets": ["embed_tokens"]}, "no activations to scale"),
         ({"kind": "bitfit", "targets": ["embed_tokens"]}, "has no bias"),
         ({"kind": "full", "only": "bias"}, "it has no bias"),
+        ({"kind": "lora", "rank": 2, "parameters": ["experts.down_proj"]}, "experts in a file"),
     ],
 )
 def test_what_cannot_be_says_so(fields: dict[str, Any], match: str, base: Base) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.errors import FormatError, listed
 from veneer.formats.peft_config import check_fields, check_ranked, ranked_config, ranked_fields, target_modules
+from veneer.formats.peft_experts import pack, parameter_of, unpack
 from veneer.formats.peft_names import PREFIX, TOKEN_ROWS, Sorted, natural, sort_keys
 from veneer.methods import Method, PeftForm, load_all
 
@@ -37,7 +38,7 @@ def expressible(adapter: Adapter) -> bool:
     """Whether PEFT's format has words for all of `adapter`."""
     spec = cast(Method, adapter.spec)
     form = spec.peft
-    if form is None:
+    if form is None or not _experts_are_alike(adapter, spec):
         return False
     return all(
         p.kind in (spec.kind, "token_rows") or (p.kind == "full" and _full_is_sayable(p, spec)) for p in adapter.parts
@@ -50,15 +51,20 @@ def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     form = spec.peft
     assert form is not None
     own = [p for p in adapter.parts if p.kind == spec.kind]
+    dump = spec.model_dump(mode="json")
+    parameters = dump.get("parameters", ())
+    experts = [p for p in own if parameter_of(p.target, parameters)]
     own_targets = frozenset(p.target for p in own if p.target is not None)
     tensors: dict[str, Tensor] = {}
     for part in adapter.parts:
-        tensors.update(_named(part, spec, form, own_targets))
+        if part not in experts:
+            tensors.update(_named(part, spec, form, own_targets))
+    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in pack(experts, parameters).items()})
     config = _common_config(adapter, form, own)
-    dump = spec.model_dump(mode="json")
-    config.update({key: dump[ours] for ours, key in form.fields.items()})
+    config.update({key: None if dump[ours] == [] else dump[ours] for ours, key in form.fields.items()})
     if form.level == "module":
-        config["target_modules"] = target_modules([p.target for p in own if p.target is not None], _DECODER)
+        plain = [p.target for p in own if p.target is not None and p not in experts]
+        config["target_modules"] = target_modules(plain, _DECODER)
         config["fan_in_fan_out"] = any(p.host == "conv1d" for p in own)
         config.update(_companion_config(adapter, spec, own_targets))
     if form.ranked:
@@ -83,6 +89,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     assert form is not None
     found = sort_keys(tensors, form)
     reading = _Reading()
+    if "parameters" in form.fields:
+        found.modules = unpack(found.modules, config, reading.problems)
     reading.problems += [f"'{key}' is not a tensor of {method.kind}" for key in found.strange]
     reading.problems += [f"'{key}' stands for a tensor that is there already" for key in found.twice]
     ignored = check_fields(config, form, reading.problems)
@@ -220,9 +228,10 @@ def _by_suffix(table: Mapping[str, Any], path: str) -> list[int] | None:
 def _fields(form: PeftForm, config: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
     """The method's own fields as the config says them."""
     own = [p for p in reading.parts if p.kind not in ("full", "token_rows") or form.peft_type == "TRAINABLE_TOKENS"]
-    fields = {ours: config[key] for ours, key in form.fields.items() if key in config}
+    fields = {ours: config[key] for ours, key in form.fields.items() if config.get(key) is not None}
     if form.level == "module" and form.peft_type != "TRAINABLE_TOKENS":
-        targets = tuple(p.target for p in own if p.target is not None)
+        packed = config.get("target_parameters") or ()
+        targets = tuple(p.target for p in own if p.target is not None and parameter_of(p.target, packed) is None)
         fields["targets"] = targets
         reading.problems += _target_problems(config.get("target_modules"), targets)
     if form.ranked:
@@ -303,6 +312,14 @@ def _companion_config(adapter: Adapter, spec: Method, own_targets: frozenset[str
 
 def _is_bias(part: Part) -> bool:
     return set(part.tensors) == {"bias"}
+
+
+def _experts_are_alike(adapter: Adapter, spec: Method) -> bool:
+    """PEFT's packed experts share r and lora_alpha."""
+    dump = spec.model_dump()
+    experts = [p for p in adapter.parts if p.kind == spec.kind and parameter_of(p.target, dump.get("parameters", ()))]
+    plain = [spec.scale(p.target or "", dump["rank"]) for p in experts]
+    return len(set(plain)) < 2 and all(p.tensors["A"].shape[0] == dump["rank"] for p in experts)
 
 
 def _full_is_sayable(part: Part, spec: Method) -> bool:

@@ -30,7 +30,7 @@ HONOURED = {
 
 CHANGES_THE_FUNCTION = {
     "layer_replication", "use_qalora", "lora_bias", "kasa_config", "monteclora_config", "arrow_config", "use_bdlora",
-    "target_parameters", "megatron_config",
+    "megatron_config",
 }  # fmt: skip
 """Keys that make another function of the same tensors. Only their empty value is read."""
 
@@ -54,7 +54,8 @@ def ranked_config(adapter: Adapter, own: Sequence[Part]) -> dict[str, Any]:
     rslora = rule == RULES[True]
     ranks = {p.target: p.tensors["A"].shape[0] for p in own if p.target is not None}
     alphas = {t: _alpha(spec, t, rank) for t, rank in ranks.items()}
-    rank, alpha = _usual(list(ranks.values())), _usual(list(alphas.values()))
+    rank = _usual(list(ranks.values()), spec.model_dump()["rank"])
+    alpha = _usual(list(alphas.values()), spec.model_dump()["alpha"])
     return {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -123,8 +124,9 @@ def _alpha(spec: Method, target: str, rank: int) -> float:
     return spec.scale(target, rank) / effective_scale(RULES[False], 1.0, rank)
 
 
-def _usual(values: Sequence[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
+def _usual(values: Sequence[Any], own: Any) -> Any:
+    """The method's own value where any target has it, else the most common one."""
+    return own if own in values else Counter(values).most_common(1)[0][0]
 
 
 def _anchored(target: str) -> str:

@@ -19,8 +19,8 @@ from veneer.adapter import HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.methods._abstract import PeftForm
-from veneer.methods._lowrank import LowRankMethod
-from veneer.types import Lowered, LowRank, Primitive, Site
+from veneer.methods._lowrank import LowRankMethod, Names
+from veneer.types import HostShape, Lowered, LowRank, Primitive, Site
 
 
 @final
@@ -37,15 +37,26 @@ class LoRA(LowRankMethod):
         ranked=True,
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         embedding={"A": "lora_embedding_A", "B": "lora_embedding_B"},
-        fields={"dropout": "lora_dropout", "bias": "bias", "invocation": "alora_invocation_tokens"},
+        fields={
+            "dropout": "lora_dropout",
+            "bias": "bias",
+            "invocation": "alora_invocation_tokens",
+            "parameters": "target_parameters",
+        },
     )
 
     invocation: tuple[int, ...] | str | None = Field(None, description="tokens (or their text) that switch it on")
+    parameters: Names = Field((), description="3-D expert parameters of a file from PEFT; parts stand at NAME.EXPERT")
 
     def prepared(self, encode: Callable[[str], Sequence[int]]) -> Self:
         if not isinstance(self.invocation, str):
             return self
         return self.model_copy(update={"invocation": tuple(encode(self.invocation))})
+
+    def refusal(self, target: str, shape: HostShape) -> str | None:
+        if self.parameters:
+            return "`parameters` describes experts in a file; no base here has 3-D parameters to start them on"
+        return super().refusal(target, shape)
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         if self.invocation is not None:
