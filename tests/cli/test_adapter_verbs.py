@@ -111,3 +111,23 @@ def test_doctor(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", str(place / "dead"), "--json"]) == 1
     assert told(capsys)["worst"] == "error"
     assert run(["doctor"]) == 2
+
+
+def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, a = str(place / "base"), str(place / "a")
+    assert run(["export", "--format", "gguf", "--base", base, "--adapter", a, "--out", str(place / "m.gguf")]) == 0
+    assert (place / "m.gguf").read_bytes()[:4] == b"GGUF"
+    assert run(["export", "--format", "gguf-adapter", "--base", base, "--adapter", a, "--out", str(place / "a.gguf")]) == 0
+    assert run(["export", "--format", "peft", "--adapter", f"{a}@0.5", "--out", str(place / "peft")]) == 0
+    half, whole = Adapter.load(place / "peft"), Adapter.load(place / "a")
+    target = whole.targets[0]
+    torch.testing.assert_close(2 * half.delta(target), whole.delta(target))
+    assert run(["export", "--format", "vllm", "--adapter", a, "--out", str(place / "vllm")]) == 0
+    assert "--max-lora-rank 8" in capsys.readouterr().out
+    assert run(["export", "--for", "vllm", "--adapter", a]) == 0
+    assert run(["export", "--format", "ollama", "--base", base, "--adapter", a, "--out", str(place / "o")]) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    assert not (place / "o").exists()
+    assert run(["export", "--format", "gguf", "--base", base, "--out", str(place / "m.gguf")]) == 1
+    assert run(["export", "--format", "ggfu", "--out", str(place / "x")]) == 2
+    assert "did you mean 'gguf'" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from veneer.errors import BaseMismatch, Conflict, Unsupported
 from veneer.formats.folder import replace_folder
 from veneer.merge.exact import RECORD, Recorder
 from veneer.merge.plan import Edit, Places, edits
-from veneer.merge.rounding import merged, share_lost
+from veneer.merge.rounding import blocks, merged, share_lost
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, with_extra, write_shards
 from veneer.models.base import Base
 
@@ -111,6 +111,28 @@ def merge(
     job = _Job(store, changes, stochastic, Recorder() if unmergeable else None)
     replace_folder(place, frozenset(), lambda folder: job.write(folder, adapter, verdict))
     return job.report(place, verdict)
+
+
+class Merged:
+    """A base with an adapter in it, as named fp32 tensors that are not rounded yet: what exports to other formats read."""
+
+    def __init__(self, base: Base | str | os.PathLike[str], adapter: Adapter, *, untie: bool = False) -> None:
+        self._store = store_of(base if isinstance(base, Base) else str(base))
+        self._edits = {edit.name: edit for edit in edits(adapter, self._store, untie=untie)}
+        self._extra = [name for name in self._edits if name not in self._store]
+        self.config = {**self._store.config, **({"tie_word_embeddings": False} if self._extra else {})}
+
+    def names(self) -> list[str]:
+        return [*self._store.names(), *self._extra]
+
+    def tensor(self, name: str) -> Tensor:
+        """The merged tensor in fp32, or the base's as stored."""
+        edit = self._edits.get(name)
+        if edit is None:
+            return self._store.tensor(name)
+        stored = self._store.tensor(edit.source)
+        rows = edit.rows(self._store)
+        return torch.cat([(stored[i:j].float() + rows(i, j)).float() for i, j in blocks(stored)])
 
 
 class _Job:

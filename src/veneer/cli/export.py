@@ -1,0 +1,175 @@
+"""Write files that other tools load: .gguf models and adapters, Ollama, PEFT, vLLM. What they can't carry is refused.
+
+    veneer export --format gguf --base smollm2-135m --adapter runs/tickets/adapter --type q8_0 --out tickets.gguf
+    veneer export --format gguf-adapter --base smollm2-135m --adapter runs/tickets/adapter --out tickets-lora.gguf
+    veneer export --format ollama --base smollm2-135m --adapter runs/tickets/adapter --out ollama/
+    veneer export --format vllm --adapter runs/tickets/adapter --out served/
+    veneer export --for vllm --adapter runs/tickets/adapter
+
+gguf merges the adapter into the model in fp32 and rounds once. gguf-adapter keeps it apart, for llama.cpp's --lora. vllm writes
+a PEFT folder with one rank and every scale folded in; --for vllm only says whether that would work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli._options import Json, load_adapters
+from veneer.cli._output import bytes_text, say, say_json
+from veneer.errors import ConfigError, Conflict
+from veneer.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from veneer.adapter import Adapter
+    from veneer.models.base import Base
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    out: Path
+    base: str | None
+    adapter: Adapter | None
+    filetype: Any
+    apart: bool
+    untie: bool
+
+    def model(self) -> Base:
+        from veneer.models.load import load_base
+
+        if self.base is None:
+            raise ConfigError("--base is missing: this format needs the model")
+        return load_base(self.base)
+
+    def required(self) -> Adapter:
+        if self.adapter is None:
+            raise ConfigError("--adapter is missing: this format is for an adapter")
+        return self.adapter
+
+
+def command(
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder to write.")] = None,
+    form: Annotated[str, typer.Option("--format", help="gguf, gguf-adapter, ollama, peft or vllm.")] = "",
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="A catalogue name, a folder, a .gguf file or a hub id.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", metavar="PATH[@SCALE]", help="The adapter folder to export.")
+    ] = None,
+    filetype: Annotated[str, typer.Option("--type", help="Of a .gguf file: f32, f16, bf16 or q8_0.")] = "f16",
+    apart: Annotated[bool, typer.Option("--apart", help="ollama: keep the adapter in a file of its own.")] = False,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied head a tensor of its own.")] = False,
+    target: Annotated[str | None, typer.Option("--for", help="Only say what this tool (vllm) could not carry.")] = None,
+    as_json: Json = False,
+) -> None:
+    found = None if adapter is None else next(iter(load_adapters([adapter]).values()))
+    if target is not None:
+        _check(target, found, as_json)
+        return
+    if form not in FORMATS:
+        raise ConfigError(f"--format '{form}' is not known", help=did_you_mean(form, list(FORMATS)))
+    if filetype not in ("f32", "f16", "bf16", "q8_0"):
+        raise ConfigError(f"--type '{filetype}' is not known", help="f32, f16, bf16 or q8_0")
+    if out is None:
+        raise ConfigError("--out is missing: where should the files go?")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise Conflict(f"{out} is already there", help="choose a new name, or remove it")
+    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie))
+    files = sorted(p for p in (out.iterdir() if out.is_dir() else [out]))
+    written = {str(p): p.stat().st_size for p in files}
+    if as_json:
+        say_json({"format": form, "files": written, **facts})
+        return
+    for path, size in written.items():
+        say(f"{path}: {bytes_text(size)}")
+    for line in facts.values():
+        say(str(line))
+
+
+def _check(target: str, adapter: Adapter | None, as_json: bool) -> None:
+    from veneer.formats.vllm import limits
+
+    if target != "vllm":
+        raise ConfigError(f"--for '{target}' is not known", help="known: vllm")
+    if adapter is None:
+        raise ConfigError("--adapter is missing: which one should be served?")
+    problems = limits(adapter)
+    if as_json:
+        say_json({"for": target, "problems": problems})
+    else:
+        for problem in problems:
+            say(f"can't be carried: {problem}")
+        say("it can be served; export it with --format vllm" if not problems else "merge it, or serve it with veneer")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _gguf(order: Order) -> dict[str, str]:
+    from veneer.formats.gguf_export import export_model
+    from veneer.formats.gguf_words import tokenizer_fields
+    from veneer.merge import Merged, store_of
+
+    base = order.model()
+    model = store_of(base) if order.adapter is None else Merged(base, order.adapter, untie=order.untie)
+    order.out.parent.mkdir(parents=True, exist_ok=True)
+    words = tokenizer_fields(base.tokenizer, base.config.vocab)
+    export_model(model, order.out, words, filetype=order.filetype, name=base.name)
+    return {}
+
+
+def _gguf_adapter(order: Order) -> dict[str, str]:
+    from veneer.formats.gguf_export import export_adapter
+
+    adapter, base = order.required(), order.model()
+    order.out.parent.mkdir(parents=True, exist_ok=True)
+    export_adapter(adapter, base.hf_config, order.out, filetype=order.filetype, name=order.out.stem)
+    return {}
+
+
+def _ollama(order: Order) -> dict[str, str]:
+    from veneer.formats.gguf_export import export_adapter, export_model
+    from veneer.formats.gguf_words import tokenizer_fields
+    from veneer.formats.ollama import modelfile
+    from veneer.merge import Merged, store_of
+
+    base = order.model()
+    tokenizer = base.require_tokenizer()
+    apart = order.required() if order.apart else None
+    text = modelfile(tokenizer, "model.gguf", None if apart is None else "adapter.gguf")
+    inside = None if order.apart else order.adapter
+    model = store_of(base) if inside is None else Merged(base, inside, untie=order.untie)
+    order.out.mkdir(parents=True, exist_ok=True)
+    words = tokenizer_fields(tokenizer, base.config.vocab)
+    export_model(model, order.out / "model.gguf", words, filetype=order.filetype, name=base.name)
+    if apart is not None:
+        export_adapter(apart, base.hf_config, order.out / "adapter.gguf", filetype="f32")
+    (order.out / "Modelfile").write_text(text, "utf-8")
+    return {"next": f"ollama create {base.name} -f {order.out / 'Modelfile'}"}
+
+
+def _peft(order: Order) -> dict[str, str]:
+    order.required().save(order.out)
+    return {}
+
+
+def _vllm(order: Order) -> dict[str, str]:
+    from veneer.formats.vllm import servable
+
+    adapter, rank = servable(order.required())
+    adapter.save(order.out)
+    return {"next": f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {order.out.name}={order.out}"}
+
+
+FORMATS: dict[str, Callable[[Order], dict[str, str]]] = {
+    "gguf": _gguf,
+    "gguf-adapter": _gguf_adapter,
+    "ollama": _ollama,
+    "peft": _peft,
+    "vllm": _vllm,
+}
