@@ -117,6 +117,7 @@ def test_list_filters(library: Library) -> None:
     assert refs(library.list(base="other")) == ["letters_x@1"]
     assert refs(library.list(base="cdcd")) == ["letters_x@1"]
     assert refs(library.list(alias="production")) == ["tickets@1"]
+    assert refs(library.list(current=True)) == ["letters-y@1", "letters_x@1", "tickets@1"]
     assert refs(library.list(newest=True)) == ["letters-y@1", "letters_x@1", "tickets@2"]
     assert refs(library.list(method="dora")) == []
     assert refs(library.list(limit=1)) == ["letters-y@1"]

@@ -151,12 +151,23 @@ class Library:
         method: str | None = None,
         alias: str | None = None,
         newest: bool = False,
+        current: bool = False,
         limit: int | None = None,
     ) -> tuple[Version, ...]:
-        """Versions by name and number. `name` may hold `*`; `base` is a name or the start of an identity."""
+        """Versions by name and number. `name` may hold `*`; `base` is a name or the start of an identity.
+
+        `newest` keeps the last version of each name, `current` what each bare name means (one query for all names).
+        """
         with self._catalogue().read() as connection:
             return queries.listed_versions(
-                connection, name=name, base=base, method=method, alias=alias, newest_only=newest, limit=limit
+                connection,
+                name=name,
+                base=base,
+                method=method,
+                alias=alias,
+                newest_only=newest,
+                current=current,
+                limit=limit,
             )
 
     def show(self, ref: str) -> Record:

@@ -92,9 +92,13 @@ def listed_versions(
     method: str | None = None,
     alias: str | None = None,
     newest_only: bool = False,
+    current: bool = False,
     limit: int | None = None,
 ) -> tuple[Version, ...]:
-    """Versions by name and number. `name` may hold `*`; `base` is a name or the start of an identity."""
+    """Versions by name and number. `name` may hold `*`; `base` is a name or the start of an identity.
+
+    `current` keeps what each bare name means: production, or the newest version without one.
+    """
     c = t.versions.c
     query = select(*VERSION_COLUMNS).order_by(c.name, c.version)
     if name is not None:
@@ -107,9 +111,15 @@ def listed_versions(
         a = t.aliases.c
         here = and_(a.name == c.name, a.version == c.version, a.alias == check_alias(alias))
         query = query.join(t.aliases, here)
-    if newest_only:
+    if newest_only or current:
         tops = select(c.name, func.max(c.version).label("version")).group_by(c.name).subquery()
-        query = query.join(tops, and_(tops.c.name == c.name, tops.c.version == c.version))
+        query = query.join(tops, tops.c.name == c.name)
+    if newest_only:
+        query = query.where(c.version == tops.c.version)
+    if current:
+        served = t.aliases.alias("served")
+        query = query.outerjoin(served, and_(served.c.name == c.name, served.c.alias == DEFAULT))
+        query = query.where(c.version == func.coalesce(served.c.version, tops.c.version))
     if limit is not None:
         if limit < 1:
             raise ConfigError(f"a limit is 1 or more, got {limit}")
