@@ -201,7 +201,8 @@ def _general(work: _Work, rows: Rows) -> None:
 
 def _labels(work: _Work, asked: list[asking.Question]) -> None:
     labels = asking.labels_of(asked) if work.settings.labels else ()
-    known = work.settings.train_on != "all" and all(asking.scores_alone(question.row) for question in asked)
+    whole = work.settings.train_on != "all" and work.settings.on_too_long == "error"
+    known = whole and all(asking.scores_alone(question.row) for question in asked)
     for voice, index in work.voices if labels else []:
         work.progress(f"{len(labels)} labels scored by {voice or 'the base'}")
         own = work.losses[voice].nll.numpy() if known else None
