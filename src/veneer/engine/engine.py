@@ -182,6 +182,10 @@ class Engine:
         """Adapters that are being loaded now."""
         return self.residency.loading
 
+    def publish(self) -> None:
+        """Make adapters visible whose loading has ended. `step` does this too; an idle engine has to be told."""
+        self.residency.publish(self._clock())
+
     def wait(self, timeout: float | None = None) -> None:
         """Until an adapter has been loaded: the thing to do when `step` gave nothing."""
         self.residency.wait(timeout)
@@ -232,7 +236,7 @@ class Engine:
 
         `last_step` is None if nothing ran.
         """
-        self.residency.publish(self._clock())
+        self.publish()
         events = self._expire()
         step = self.scheduler.plan(self._clock())
         events += self._fail_refused()

@@ -96,12 +96,9 @@ class Guard:
         given = headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else secrets.token_hex(12)
         scope.setdefault("state", {})["id"] = id
-        begun = False
 
         async def answering(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 named = MutableHeaders(scope=message)
                 named["x-request-id"] = id
                 log.debug(
@@ -115,14 +112,6 @@ class Guard:
             await self._app(scope, _limited(receive, headers, self._service.settings.max_body), answering)
         except Denied as error:
             await _ours_response(error)(scope, receive, answering)
-        except TooLarge as error:
-            if not begun:
-                body = bodies.error_body(str(error), "invalid_request_error", code="request_too_large")
-                await JSONResponse(body, 413)(scope, receive, answering)
-
-
-class TooLarge(Exception):
-    """The body is longer than this server reads."""
 
 
 def _limited(receive: Receive, headers: Headers, most: int) -> Receive:
@@ -133,11 +122,11 @@ def _limited(receive: Receive, headers: Headers, most: int) -> Receive:
     async def limited() -> Message:
         nonlocal read
         if told.isdigit() and int(told) > most:
-            raise TooLarge(f"the request has {int(told):,} bytes; this server reads {most:,}")
+            raise HTTPException(413, f"the request has {int(told):,} bytes; this server reads {most:,}")
         message = await receive()
         read += len(message.get("body", b""))
         if read > most:
-            raise TooLarge(f"the request has more than the {most:,} bytes that this server reads")
+            raise HTTPException(413, f"the request has more than the {most:,} bytes that this server reads")
         return message
 
     return limited
@@ -168,7 +157,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    return JSONResponse(bodies.error_body(str(error.detail), kind), error.status_code, error.headers)
+    code = "request_too_large" if error.status_code == 413 else None
+    return JSONResponse(bodies.error_body(str(error.detail), kind, code=code), error.status_code, error.headers)
 
 
 async def _left(request: Request, error: Exception) -> Response:

@@ -116,6 +116,8 @@ class EngineLoop:
             self._obey(wait=idle or self._waits_for_a_load())
             if self._engine.busy:
                 self._step()
+            else:
+                self._engine.publish()
 
     def _obey(self, *, wait: bool) -> None:
         """Run the commands that are there; where there is nothing else to do, sleep until one comes."""
