@@ -1,7 +1,8 @@
 """Adapters on any torch module, by the definition: `attach(model, adapter)`, and the native `attached(base, adapter)`.
 
-A targeted layer is replaced by an `AdaptedLayer` that runs the method's `forward` around it; `detach` puts the layer back. This
-path is slower than the native decoder and takes any `nn.Module`: linear layers, embeddings and GPT-2's Conv1D, wherever they are.
+A targeted layer is replaced by an `Adapted` one that runs the method's `forward` around it; `detach` puts the layer back. This
+path is slower than the native decoder and takes any `nn.Module`: linear layers, embeddings and GPT-2's Conv1D wherever they are,
+modules whose tensors are replaced, and bottlenecks on the output of modules named by the user.
 
 The base is never changed: its tensors stay frozen while attached, and their `requires_grad` flags come back on detach.
 """
@@ -12,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Part
 from veneer.base.host import DenseHost, Host
 from veneer.errors import Conflict, NotFound, TargetError, Unsupported, listed
+from veneer.inject.wrapped import Adapted, AdaptedLayer, AdaptedModule, Bound
 from veneer.methods import Method, method_of
 from veneer.registry import did_you_mean
 from veneer.types import BaseShape, HostKind, HostShape
@@ -66,75 +67,10 @@ def module_host(module: nn.Module) -> Host:
     return DenseHost(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, kind=kind)
 
 
-class AdaptedLayer(nn.Module):
-    """A frozen layer with the parts of one adapter around it."""
-
-    def __init__(self, layer: nn.Module, methods: list[tuple[Method, Part]]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.host = module_host(layer)
-        self.methods = methods
-        self.enabled = True
-        self.tensors = nn.ParameterDict()
-        for method, part in methods:
-            for name, value in part.tensors.items():
-                trained = name not in method.frozen() and value.is_floating_point()
-                self.tensors[_key(part, name)] = nn.Parameter(value.clone(), requires_grad=trained)
-
-    def parts(self) -> list[Part]:
-        """The parts with their present tensors."""
-        return [
-            replace(part, tensors={name: self.tensors[_key(part, name)] for name in part.tensors})
-            for _, part in self.methods
-        ]
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, for models that look at their layers' dtype."""
-        return _weight(self.layer)
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self.layer.bias
-        return bias if isinstance(bias, Tensor) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            bare: Tensor = self.layer(x)
-            return bare
-        host = self.host
-        for (method, _), part in zip(self.methods, self.parts(), strict=True):
-            output = method.forward(x, part, host)
-            host = _Around(self.host, output)
-        return output
-
-
-class _Around(Host):
-    """A host whose product is already known: a second part on one layer adds to the first's output."""
-
-    def __init__(self, inner: Host, output: Tensor) -> None:
-        self._inner, self._output = inner, output
-        self.shape, self.bias = inner.shape, inner.bias
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._inner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._inner.device
-
-    def weight(self) -> Tensor:
-        return self._inner.weight()
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self._output
-
-
 class Handle:
     """An adapter attached to a module: its trainable tensors, and the way back."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, layers: Mapping[str, AdaptedLayer]) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, layers: Mapping[str, Adapted]) -> None:
         self.model, self._adapter, self.layers = model, adapter, layers
         self._flags = [(p, p.requires_grad) for p in _base_parameters(model, layers)]
         for parameter, _ in self._flags:
@@ -146,7 +82,8 @@ class Handle:
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, a value of its own."""
-        parts = [part for layer in self.layers.values() for part in layer.parts()]
+        parts = [part for part in self._adapter.parts if part.target is None]
+        parts += [part for layer in self.layers.values() for part in layer.parts()]
         order = {(p.target, p.kind): i for i, p in enumerate(self._adapter.parts)}
         parts.sort(key=lambda p: order[p.target, p.kind])
         return replace(self._adapter, parts=tuple(parts)).map_tensors(lambda t: t.detach().clone())
@@ -173,35 +110,55 @@ class Handle:
 def attach(model: nn.Module, adapter: Adapter) -> Handle:
     """Put `adapter` on any module whose layers it names. One TargetError lists everything that does not fit."""
     source = ModuleSource(model)
-    by_target: dict[str, list[tuple[Method, Part]]] = {}
+    by_target: dict[str, list[Bound]] = {}
+    shared: dict[str, Tensor] = {}
     problems: list[str] = []
     for part in adapter.parts:
-        if part.site != "weight":
+        if part.site in ("tokens", "kv"):
             raise Unsupported(
                 f"{part.kind} acts on {part.site}, which a plain module does not offer",
                 help="load the base natively with vn.load_base, or choose a method on weights (lora, dora, ia3, vera)",
             )
+        if part.target is None:
+            shared.update(part.tensors)
+            continue
         method = method_of(adapter, part)
-        assert part.target is not None
-        shape = source.shape.hosts.get(part.target)
-        if shape is None:
-            known = did_you_mean(part.target, list(source.shape.hosts))
-            problems.append(f"'{part.target}' is not a layer of this model; {known}")
-        else:
-            problems += _misfits(method, part, shape)
+        problems += _place_problems(model, source, method, part)
         by_target.setdefault(part.target, []).append((method, part))
     if problems:
         raise TargetError(f"this adapter does not fit the model:\n{listed(problems)}")
-    layers: dict[str, AdaptedLayer] = {}
+    layers: dict[str, Adapted] = {}
     for path, methods in by_target.items():
         layer = model.get_submodule(path)
-        if isinstance(layer, AdaptedLayer):
+        if isinstance(layer, Adapted):
             raise Conflict(f"'{path}' already carries an adapter", help="detach the first one")
-        layers[path] = AdaptedLayer(layer, methods)
+        on_host = host_kind(layer) is not None and all(part.site != "sublayer" for _, part in methods)
+        layers[path] = (
+            AdaptedLayer(layer, module_host(layer), methods, shared) if on_host else AdaptedModule(layer, methods, {})
+        )
     handle = Handle(model, adapter, layers)
     for path, adapted in layers.items():
         _put(model, path, adapted)
     return handle
+
+
+def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part: Part) -> list[str]:
+    """Why this part cannot stand where it says, line by line."""
+    assert part.target is not None
+    shape = source.shape.hosts.get(part.target)
+    if shape is not None and part.site == "weight":
+        return _misfits(method, part, shape)
+    if part.site == "weight" or part.target not in dict(model.named_modules()):
+        known = did_you_mean(part.target, list(source.shape.hosts))
+        return [f"'{part.target}' is not a layer of this model; {known}"]
+    if part.kind != "full":
+        return []
+    own = dict(model.get_submodule(part.target).named_parameters(recurse=False))
+    return [
+        f"{part.target}: {name} is {list(t.shape)}, the layer has {list(own[name].shape) if name in own else 'none'}"
+        for name, t in part.tensors.items()
+        if name not in own or own[name].shape != t.shape
+    ]
 
 
 def _misfits(method: Method, part: Part, shape: HostShape) -> list[str]:
@@ -212,6 +169,9 @@ def _misfits(method: Method, part: Part, shape: HostShape) -> list[str]:
             problems.append(f"{part.target}: A is {list(tensor.shape)}, the layer takes {shape.in_features} inputs")
         if name == "B" and tensor.shape[0] != shape.out_features:
             problems.append(f"{part.target}: B is {list(tensor.shape)}, the layer has {shape.out_features} outputs")
+    for name, size in method.tensor_shapes(part.target, shape).items():
+        if name not in ("A", "B") and name in part.tensors and tuple(part.tensors[name].shape) != tuple(size):
+            problems.append(f"{part.target}: {name} is {list(part.tensors[name].shape)}, expected {list(size)}")
     return problems
 
 
@@ -241,7 +201,7 @@ def _head_path(model: nn.Module) -> str:
     return next((path for path, module in model.named_modules() if module is head), "") if head is not None else ""
 
 
-def _base_parameters(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> list[nn.Parameter]:
+def _base_parameters(model: nn.Module, layers: Mapping[str, Adapted]) -> list[nn.Parameter]:
     own = {id(p) for layer in layers.values() for p in layer.tensors.values()}
     return [p for p in model.parameters() if id(p) not in own]
 
@@ -249,7 +209,3 @@ def _base_parameters(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> li
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _key(part: Part, name: str) -> str:
-    return f"{part.kind}_{name}"

@@ -56,12 +56,21 @@ def host_at(site: Site, target: str, base: BaseView) -> Host:
     """The host that a method of `site` sees at `target`."""
     shape = base.shape
     if site == "sublayer":
-        return Place(HostShape("sublayer", shape.hidden, shape.hidden))
+        width = shape.hidden or _width_of(target, shape)
+        return Place(HostShape("sublayer", width, width))
     if site == "kv":
         return Place(HostShape("kv", shape.kv_heads, shape.head_dim, layers=shape.layers))
     if site == "tokens":
         return base.host(embedding_path(shape))
     return base.host(target)
+
+
+def _width_of(target: str, shape: BaseShape) -> int:
+    """What a module returns, on a model whose sizes nobody wrote down: the outputs of its last layer."""
+    inside = [host for path, host in shape.hosts.items() if path == target or path.startswith(f"{target}.")]
+    if not inside:
+        raise TargetError(f"'{target}' has no layer inside that would tell its width", help="name a module with one")
+    return inside[-1].out_features
 
 
 def embedding_path(shape: BaseShape) -> str:

@@ -1,0 +1,153 @@
+"""Modules with the parts of one adapter around them, by each method's own definition.
+
+`AdaptedLayer` wraps a linear layer, Conv1D or embedding; `AdaptedModule` any other: a norm whose tensors are replaced, or a
+sublayer with a bottleneck on its output. The wrapped module stays inside, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter import Part
+from veneer.base.host import Host
+from veneer.errors import Unsupported
+from veneer.methods import Method, Place
+from veneer.types import HostShape
+
+Bound = tuple[Method, Part]
+
+
+class Adapted(nn.Module):
+    """A frozen module and the live tensors of its parts. `shared` are tensors that all parts of the adapter have in common."""
+
+    def __init__(self, layer: nn.Module, methods: Sequence[Bound], shared: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.methods = tuple(methods)
+        self.shared = dict(shared)
+        self.enabled = True
+        self.tensors = nn.ParameterDict()
+        for method, part in methods:
+            for name, value in part.tensors.items():
+                trained = name not in method.frozen() and value.is_floating_point()
+                self.tensors[_key(part, name)] = nn.Parameter(value.clone(), requires_grad=trained)
+
+    def parts(self) -> list[Part]:
+        """The parts with their present tensors."""
+        return [
+            replace(part, tensors={name: self.tensors[_key(part, name)] for name in part.tensors})
+            for _, part in self.methods
+        ]
+
+    def live(self) -> list[Bound]:
+        """Each method with its part, present and shared tensors in it."""
+        return [
+            (method, replace(part, tensors={**self.shared, **part.tensors}))
+            for (method, _), part in zip(self.methods, self.parts(), strict=True)
+        ]
+
+
+class AdaptedLayer(Adapted):
+    """A layer with a host: replaced tensors first, then each part on the output of the one before."""
+
+    def __init__(self, layer: nn.Module, host: Host, methods: Sequence[Bound], shared: Mapping[str, Tensor]) -> None:
+        super().__init__(layer, sorted(methods, key=lambda bound: bound[1].site != "override"), shared)
+        self.host = host
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for models that look at their layers' dtype."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.layer.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            bare: Tensor = self.layer(x)
+            return bare
+        host = self.host
+        for method, part in self.live():
+            output = method.forward(x, part, host)
+            replaces = part.site == "override"
+            host = _Replaced(host, *method.merged(part, host)) if replaces else _Around(host, output)
+        return output
+
+
+class AdaptedModule(Adapted):
+    """Any module: its own tensors replaced (`full`), or a bottleneck on what it returns."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return self.layer(*args, **kwargs)
+        live = self.live()
+        replaced = {name: t for _, part in live if part.site == "override" for name, t in part.tensors.items()}
+        output = (
+            torch.func.functional_call(self.layer, replaced, args, kwargs) if replaced else self.layer(*args, **kwargs)
+        )
+        for method, part in live:
+            if part.site == "sublayer":
+                output = _on_output(method, part, output, args, kwargs)
+        return output
+
+
+def _on_output(method: Method, part: Part, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The module's output (the first one, if it returns several) after the bottleneck."""
+    h = output[0] if isinstance(output, tuple) else output
+    x = h
+    if method.model_dump().get("style") == "parallel":
+        source = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if not isinstance(source, Tensor) or source.shape != h.shape:
+            raise Unsupported(f"'{part.target}' has no input of its output's shape, so nothing can run parallel to it")
+        x = torch.stack([source, h])
+    h = method.forward(x, part, Place(HostShape("sublayer", h.shape[-1], h.shape[-1])))
+    return (h, *output[1:]) if isinstance(output, tuple) else h
+
+
+class _Around(Host):
+    """A host whose product is already known: a second part on one layer adds to the first's output."""
+
+    def __init__(self, inner: Host, output: Tensor) -> None:
+        self._inner, self._output = inner, output
+        self.shape, self.bias = inner.shape, inner.bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._inner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner.device
+
+    def weight(self) -> Tensor:
+        return self._inner.weight()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._output
+
+
+class _Replaced(_Around):
+    """A host whose weight and bias an adapter brings."""
+
+    def __init__(self, inner: Host, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(inner, weight)
+        self._weight, self.bias = weight.to(inner.dtype), None if bias is None else bias.to(inner.dtype)
+
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def apply(self, x: Tensor) -> Tensor:
+        return Host.apply(self, x)
+
+
+def _key(part: Part, name: str) -> str:
+    return f"{part.kind}_{name}"
