@@ -172,6 +172,15 @@ def test_gated(name: str) -> None:
 
 
 @needs_kernels
+def test_scale_backward() -> None:
+    dy, y, scale = bf16(300, 96)[:, 32:], bf16(300, 64, seed=1), bf16(64, seed=2)
+    dx = torch.empty(300, 64, dtype=torch.bfloat16)
+    total = rows.scale_backward(dy, y, scale, dx)
+    assert total is not None
+    assert relative(total, (dy.double() * y.double()).sum(0)) < 1e-5 and torch.equal(dx, dy * scale)
+
+
+@needs_kernels
 def test_cross_entropy() -> None:
     logits, labels = bf16(9, 112) * 8, torch.randint(112, (9,), generator=torch.Generator().manual_seed(1))
     weights = torch.rand(9, generator=torch.Generator().manual_seed(2))

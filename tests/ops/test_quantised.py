@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from statistics import NormalDist
 
 import pytest
@@ -130,6 +133,20 @@ def test_scratch_is_one_buffer() -> None:
     with scratch.borrow((8, 8), torch.bfloat16) as b:
         assert b.data_ptr() == first and b.shape == (8, 8)
     assert scratch.nbytes == 128
+
+
+def test_freed_memory_is_used_again() -> None:
+    """In a process of its own, as it stays for good: after the first round no new pages are asked for."""
+    script = (
+        "import resource, torch\nfrom veneer.ops.scratch import keep_freed_memory\nassert keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def round():\n    kept = [torch.ones(1 << 23) for _ in range(4)]\n"
+        "round(); before = faults(); round(); print(faults() - before)"
+    )
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000, "128 MB are 32,768 pages"
 
 
 @pytest.mark.parity

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from veneer.ops.frozen import DenseFrozen, Frozen, product
 from veneer.ops.native import few
+from veneer.ops.native import rows as native_rows
 from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
 from veneer.types import Span
@@ -294,14 +295,20 @@ class Gradients:
         for part, i, _ in _vectors("bias", packs, rows):
             if self._needed[i][SLOTS["bias"]]:
                 self._add(i, SLOTS["bias"], _row_sum(dy[part]))
-        unscaled = dy
-        for part, i, vector in _vectors("out_scale", packs, rows):
-            if self._needed[i][SLOTS["out_scale"]]:
-                assert kept is not None
-                total = _row_sum(dy[part] * kept[part])
+        scaled = list(_vectors("out_scale", packs, rows))
+        if not scaled:
+            return dy
+        unscaled = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        if sum(part.stop - part.start for part, _, _ in scaled) < len(dy):
+            unscaled.copy_(dy)
+        for part, i, vector in scaled:
+            y = kept[part] if kept is not None and self._needed[i][SLOTS["out_scale"]] else None
+            total = None if y is None else native_rows.scale_backward(dy[part], y, vector, unscaled[part])
+            if total is None:
+                torch.mul(dy[part], vector, out=unscaled[part])
+                total = None if y is None else _row_sum(dy[part] * y)
+            if total is not None:
                 self._add(i, SLOTS["out_scale"], total / vector if divide else total)
-            unscaled = dy.clone(memory_format=torch.contiguous_format) if unscaled is dy else unscaled
-            unscaled[part] *= vector
         return unscaled
 
     def low_rank(self, i: int, pack: Pack, dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor | None) -> None:
@@ -337,4 +344,6 @@ FIRST_B = 4
 
 
 def _row_sum(t: Tensor) -> Tensor:
-    return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
+    """The sum over rows in fp32 or wider; in pieces, as torch copies what it sums to that dtype first."""
+    pieces = [piece.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)) for piece in t.split(256)]
+    return torch.stack(pieces).sum(0)

@@ -123,6 +123,25 @@ void cross_entropy(bf16 *logits, long rows, long v, const int64_t *labels, const
     }
 }
 
+/* One pass for the backward of y = x * scale: dx = dy * scale, and per chunk of SHARE rows the column sums of dy * y.
+ * Chunks are fixed, so their sum does not depend on threads. sums is [chunks][d]. */
+#define SHARE 128
+
+void scale_backward(const bf16 *dy, long dy_row, const bf16 *y, long rows, long d, const bf16 *scale, bf16 *dx, float *sums,
+                    int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long c = 0; c < (rows + SHARE - 1) / SHARE; c++) {
+        float *sum = sums + c * d;
+        memset(sum, 0, (size_t)d * 4);
+        for (long r = c * SHARE; r < rows && r < (c + 1) * SHARE; r++)
+            for (long j = 0; j < d; j += 16) {
+                const __m512 slope = load_bf16(dy + r * dy_row + j);
+                _mm512_storeu_ps(sum + j, _mm512_fmadd_ps(slope, load_bf16(y + r * d + j), _mm512_loadu_ps(sum + j)));
+                store_bf16(dx + r * d + j, _mm512_mul_ps(slope, load_bf16(scale + j)));
+            }
+    }
+}
+
 /* Two codes a byte, the first in the high half; blocks of `block` values, a multiple of 32, share a scale. */
 void nf4_dequantise(const uint8_t *packed, const float *scales, long blocks, long block, const float *levels, bf16 *out, int threads) {
     const __m512 table = _mm512_loadu_ps(levels);

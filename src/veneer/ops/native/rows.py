@@ -19,6 +19,10 @@ SMOOTH = {"silu": (1.0, 0.0), "gelu_tanh": (GELU, 0.044715 * GELU)}
 """Activations of the form x sigmoid(k x + e x^3): their k and e."""
 
 
+SHARE = 128
+"""Rows of a column sum that are added up in one go, as in rows.c."""
+
+
 def _kernels(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library, where all tensors are bf16 on the CPU and their last dimension is whole vectors, side by side."""
     for x in tensors:
@@ -111,6 +115,20 @@ def gated_backward(gate_up: Tensor, dy: Tensor, name: str) -> Tensor | None:
         _pointer(gate_up), _pointer(dy), c_long(n), c_long(f), c_float(k), c_float(e), _pointer(found), _threads()
     )
     return found
+
+
+def scale_backward(dy: Tensor, y: Tensor, scale: Tensor, dx: Tensor) -> Tensor | None:
+    """dx = dy * scale, and the column sums of dy * y, fp32 `[d]`."""
+    kernels = _kernels(dy, y, scale, dx)
+    if kernels is None or not (y.is_contiguous() and dx.is_contiguous()):
+        return None
+    n, d = y.shape
+    sums = torch.empty(-(-n // SHARE), d, dtype=torch.float32)
+    kernels.scale_backward(
+        _pointer(dy), c_long(dy.stride(0)), _pointer(y), c_long(n), c_long(d), _pointer(scale), _pointer(dx), _pointer(sums),
+        _threads(),
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor | None:
