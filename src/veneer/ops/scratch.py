@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 
 
