@@ -81,6 +81,7 @@ class Base:
         self.config: DecoderConfig = decoder.config
         self.layout: Layout = decoder.layout
         self._samples = {} if samples is None else dict(samples)
+        self._hosts: dict[str, Host] = {}
 
     def __repr__(self) -> str:
         known = self.identity[:12] if self.identity else "no identity"
@@ -132,7 +133,15 @@ class Base:
         return {part.path: (group, part) for group in self.layout.groups for part in group.parts}
 
     def host(self, target: str) -> Host:
-        """The layer at a module path of the checkpoint, as a `Host`. Its tensors are views; nothing is copied."""
+        """The layer at a module path of the checkpoint, as a `Host`. Its tensors are views; nothing is copied.
+
+        The same object each time, so that what is derived of a frozen weight (DoRA's row norms) is derived once.
+        """
+        if target not in self._hosts:
+            self._hosts[target] = self._new_host(target)
+        return self._hosts[target]
+
+    def _new_host(self, target: str) -> Host:
         if target == self.layout.embed_path:
             return DenseHost(self.decoder.embed, kind="embedding")
         if target == self.layout.head_path and self.config.tied_head:
