@@ -105,7 +105,7 @@ def main() -> None:
     spec = parse({"kind": "dora" if args.dora else "lora", "rank": args.rank, "alpha": 2 * args.rank})
     parameters = FlatParameters(create(base, spec, torch.Generator().manual_seed(0)), base.decoder.device)
     config = TrainConfig(lr=1e-4)
-    optimizer = OPTIMIZERS["adamw"](parameters, config)
+    optimizer = OPTIMIZERS["adamw"](parameters, config, None)
     run = Run(base, parameters, optimizer, None, [], config, Cursor())  # type: ignore[arg-type]  # no data set: made here
     assert select(base.shape, spec).targets
 

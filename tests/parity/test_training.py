@@ -32,7 +32,7 @@ def ours(base: Base, dataset: Dataset, spec: LoRA, config: TrainConfig, folder: 
     adapter.save(folder)
     parameters = FlatParameters(adapter, torch.device("cpu"))
     schedule = plan_schedule(dataset, config, config.tokens_per_pass)
-    optimizer = OPTIMIZERS["adamw"](parameters, config)
+    optimizer = OPTIMIZERS["adamw"](parameters, config, None)
     run = Run(base, parameters, optimizer, dataset, schedule, config, Cursor())
     events = fit(run, lambda run: (None, None), lambda run, best: None)
     return [e.loss for e in events if isinstance(e, Step)], schedule

@@ -93,13 +93,16 @@ def _pairs() -> Tensor:
 
 
 @cache
-def dynamic_code() -> Float[Tensor, " codes"]:
-    """The signed 8-bit dynamic code: 7 decades with 1, 2, ... 64 steps each, both signs, 0 and 1."""
+def dynamic_code(*, signed: bool = True) -> Float[Tensor, " codes"]:
+    """The 8-bit dynamic code, 256 values: 7 decades with 1, 2, ... 64 steps each, both signs, 0 and 1.
+
+    Without a sign there is a bit more for the steps: 2, 4, ... 128 in each decade.
+    """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2
-        values += (10.0 ** (i - 6) * means).tolist() + (-(10.0 ** (i - 6)) * means).tolist()
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        means = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += means.tolist() + ((-means).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

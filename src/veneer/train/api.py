@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.adapter import Adapter
 from veneer.data import Dataset, encode, leaks, load
-from veneer.errors import ConfigError, Unsupported
+from veneer.errors import Unsupported
 from veneer.methods import Method
 from veneer.methods.lora import LoRA
 from veneer.models.base import Base
@@ -69,8 +69,6 @@ def read_task(base: Base, resolved: Resolved) -> Task:
     if config.data.general is not None:
         general = read_data(base, config.data.general, config.data, config.train, is_general=True)
     notes = tuple(f"{held_out.name}: {text}" for text in leaks(dataset, held_out).warnings()) if held_out else ()
-    if spec.site != "weight" and config.train.optimizer == "lora_fa":
-        raise ConfigError("lora_fa freezes A, and this method has none", help="use optimizer: adamw")
     return Task(spec, config.train, dataset, held_out, general, resolved, notes)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from veneer.errors import ConfigError, FormatError, ResourceError
-from veneer.train.optim import FlatParameters
+from veneer.train.optim import FlatParameters, FlatState
 
 FILE = "state.safetensors"
 
@@ -86,10 +86,20 @@ def read(
         with torch.no_grad():
             buffer.copy_(tensors[f"parameters.{name}"])
         prefix = f"optimizer.{name}."
-        optimizer.state[buffer] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        _restore(optimizer, buffer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator.{name}"])
     return cursor
+
+
+def _restore(optimizer: torch.optim.Optimizer, buffer: Tensor, saved: Mapping[str, Tensor]) -> None:
+    """Put saved moments back: into the tensors that the optimiser made (they may be mapped), else as they are."""
+    if isinstance(optimizer, FlatState):
+        optimizer.state[buffer] = optimizer.fresh(buffer) | {"step": torch.zeros(())}
+        for name, value in saved.items():
+            optimizer.state[buffer][name].copy_(value)
+    else:
+        optimizer.state[buffer] = dict(saved)
 
 
 def exists(folder: Path) -> bool:

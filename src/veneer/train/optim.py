@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,12 +52,7 @@ class FlatParameters:
 
     def adapter(self) -> Adapter:
         """The adapter on views of the buffers, so that gradients flow back into them."""
-        views = {}
-        for group, buffer in self.buffers.items():
-            slots = [s for s in self._slots if s.group == group]
-            for slot, piece in zip(slots, torch.split(buffer, [s.shape.numel() for s in slots]), strict=True):
-                views[slot.part, slot.name] = piece.view(slot.shape)
-        return self._with(views)
+        return self._with(self._views(lambda buffer: buffer))
 
     def snapshot(self) -> Adapter:
         """A copy of the adapter as it is now."""
@@ -82,12 +78,37 @@ class FlatParameters:
             ]
         return silent
 
+    def low_rank_pairs(self) -> list[tuple[Tensor, Tensor, float]]:
+        """(A, gradient of B, scale) of every part with both factors, as views."""
+        assert all(buffer.grad is not None for buffer in self.buffers.values())
+        values, gradients = self._views(lambda b: b.detach()), self._views(lambda b: _gradient(b))
+        found = []
+        for i, part in enumerate(self._adapter.parts):
+            if (i, "A") in values and (i, "B") in values and part.target is not None:
+                a = values[i, "A"]
+                found.append((a, gradients[i, "B"], self._adapter.spec.scale(part.target, a.shape[0])))
+        return found
+
+    def _views(self, source: Callable[[Tensor], Tensor]) -> dict[tuple[int, str], Tensor]:
+        """(part, name) -> the tensor's view of what `source` gives for its buffer."""
+        views: dict[tuple[int, str], Tensor] = {}
+        for group, buffer in self.buffers.items():
+            slots = [s for s in self._slots if s.group == group]
+            pieces = torch.split(source(buffer), [s.shape.numel() for s in slots])
+            views |= {(s.part, s.name): piece.view(s.shape) for s, piece in zip(slots, pieces, strict=True)}
+        return views
+
     def _with(self, views: Mapping[tuple[int, str], Tensor]) -> Adapter:
         parts = []
         for i, part in enumerate(self._adapter.parts):
             own = {name: views.get((i, name), tensor) for name, tensor in part.tensors.items()}
             parts.append(replace(part, tensors=own))
         return replace(self._adapter, parts=tuple(parts))
+
+
+def _gradient(buffer: Tensor) -> Tensor:
+    assert buffer.grad is not None
+    return buffer.grad
 
 
 def _slots(adapter: Adapter, index: int, part: Part) -> list[_Slot]:
@@ -99,12 +120,22 @@ def _slots(adapter: Adapter, index: int, part: Part) -> list[_Slot]:
     ]
 
 
-OptimizerFactory = Callable[[FlatParameters, TrainConfig], torch.optim.Optimizer]
+class FlatState(torch.optim.Optimizer):
+    """An optimiser that makes the tensors of its state itself, so that they can live in a mapped file."""
+
+    def fresh(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Moments of a buffer that has none yet."""
+        raise AssertionError("abstract")
+
+
+OptimizerFactory = Callable[[FlatParameters, TrainConfig, Path | None], torch.optim.Optimizer]
+"""(parameters, configuration, the run's folder for optimisers that keep state on disk) -> optimiser."""
+
 OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
 
 
 @OPTIMIZERS.register("adamw")
-def adamw(parameters: FlatParameters, config: TrainConfig) -> torch.optim.Optimizer:
+def adamw(parameters: FlatParameters, config: TrainConfig, folder: Path | None) -> torch.optim.Optimizer:
     """AdamW, betas (0.9, 0.999), fused; with `lora_plus_ratio` the B group learns that much faster."""
     groups = [
         {"params": [buffer], "ratio": config.lora_plus_ratio if name == "B" else 1.0}
@@ -114,7 +145,7 @@ def adamw(parameters: FlatParameters, config: TrainConfig) -> torch.optim.Optimi
 
 
 @OPTIMIZERS.register("sgd")
-def sgd(parameters: FlatParameters, config: TrainConfig) -> torch.optim.Optimizer:
+def sgd(parameters: FlatParameters, config: TrainConfig, folder: Path | None) -> torch.optim.Optimizer:
     """Plain gradient descent, mostly for tests of laws that hold for it alone."""
     groups = [
         {"params": [buffer], "ratio": config.lora_plus_ratio if name == "B" else 1.0}

@@ -35,6 +35,7 @@ from veneer.methods import Method
 from veneer.models.bank import Dropout
 from veneer.models.base import Base
 from veneer.train import checkpoint
+from veneer.train import optimizers as optimizers  # fills OPTIMIZERS
 from veneer.train.calibrate import calibrate, spread
 from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
@@ -77,7 +78,7 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     if not resume and ((folder / "adapter").exists() or checkpoint.exists(saved)):
         raise Conflict(f"{folder} already holds a run", help="go on with --resume, or choose another --out")
     sizes = fit_memory(base, task.spec, task.config, task.dataset)
-    run, generators = _prepare(base, task, sizes)
+    run, generators = _prepare(base, task, sizes, folder)
     mark = fingerprint(base, task)
     if resume and checkpoint.exists(saved):
         run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark)
@@ -92,7 +93,7 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     writer.end(run)
 
 
-def _prepare(base: Base, task: Task, sizes: Fit) -> tuple[Run, dict[str, torch.Generator]]:
+def _prepare(base: Base, task: Task, sizes: Fit, folder: Path) -> tuple[Run, dict[str, torch.Generator]]:
     """The run at its start. The seed covers the adapter's init, dropout and, by the schedule, the order of the data."""
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
@@ -102,7 +103,7 @@ def _prepare(base: Base, task: Task, sizes: Fit) -> tuple[Run, dict[str, torch.G
     spec = spec if base.tokenizer is None else spec.prepared(base.tokenizer.encode)
     adapter = create(base, spec, generators["init"], stats=stats, provenance=provenance(base, task))
     parameters = FlatParameters(adapter, base.decoder.device)
-    optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config)
+    optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config, folder / "state")
     rate = dropout_of(task.spec)
     dropout = Dropout(rate, generators["dropout"]) if rate else None
     schedule = plan_schedule(task.dataset, task.config, sizes.tokens_per_pass)
