@@ -52,6 +52,11 @@ def test_merge_and_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert report["check"] is None
     assert run(["merge", "--base", base, "--adapter", str(place / "a"), "--out", out]) == 1
     assert run(["merge", "--out", str(place / "x")]) == 2
+    capsys.readouterr()
+    four = ["merge", "--base", base, "--adapter", str(place / "a"), "--out", str(place / "four"), "--quantize"]
+    assert run([*four, "nf4-dq"]) == 0
+    assert "gain" in capsys.readouterr().out
+    assert run([*four, "nf5"]) == 2
 
 
 def test_combine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +122,9 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, a = str(place / "base"), str(place / "a")
     assert run(["export", "--format", "gguf", "--base", base, "--adapter", a, "--out", str(place / "m.gguf")]) == 0
     assert (place / "m.gguf").read_bytes()[:4] == b"GGUF"
-    assert run(["export", "--format", "gguf-adapter", "--base", base, "--adapter", a, "--out", str(place / "a.gguf")]) == 0
+    assert (
+        run(["export", "--format", "gguf-adapter", "--base", base, "--adapter", a, "--out", str(place / "a.gguf")]) == 0
+    )
     assert run(["export", "--format", "peft", "--adapter", f"{a}@0.5", "--out", str(place / "peft")]) == 0
     half, whole = Adapter.load(place / "peft"), Adapter.load(place / "a")
     target = whole.targets[0]

@@ -2,6 +2,7 @@
 
     veneer merge --base smollm2-135m --adapter runs/tickets/adapter --out merged
     veneer merge --base ./my-model --adapter a@0.5 --out merged --unmergeable
+    veneer merge --base ./my-model --adapter a --out merged-4bit --quantize nf4-dq
     veneer merge --undo merged --out base-again
 
 The sum is formed in fp32 and rounded once. How much of the update survived the rounding is printed, and so is how far the merged
@@ -21,6 +22,7 @@ from veneer.cli._output import note, say, say_json, say_table
 from veneer.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
+    from veneer.adapter import Adapter
     from veneer.merge import Agreement, MergeReport
     from veneer.models.base import Base
 
@@ -40,6 +42,12 @@ def command(
     unmergeable: Annotated[
         bool, typer.Option("--unmergeable", help="Keep a record for a way back that is exact to the bit.")
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Write the projections in 4 bits: nf4 or nf4-dq.")
+    ] = None,
+    route: Annotated[
+        str, typer.Option("--route", help="To 4 bits: from the original weights, or stochastic on the 4-bit grid.")
+    ] = "original",
     undo: Annotated[Path | None, typer.Option("--undo", metavar="DIR", help="A merged folder to take apart.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare on probe prompts afterwards.")] = True,
     allow_base_mismatch: Annotated[
@@ -56,6 +64,11 @@ def command(
     if base is None or adapter is None:
         raise ConfigError("merge needs --base and --adapter", help="or --undo DIR to take a merged folder apart")
     found = next(iter(load_adapters([adapter]).values()))
+    if quantize is not None:
+        if unmergeable:
+            raise ConfigError("--unmergeable and --quantize exclude each other", help="keep the base to go back to")
+        _four_bit(base, found, out, quantize, route, stochastic or 0, untie, allow_base_mismatch, as_json)
+        return
     loaded = _loaded(base) if check else None
     report = merge(
         base if loaded is None else loaded,
@@ -71,6 +84,42 @@ def command(
         say_json(_as_json(report, same))
     else:
         _tell(report, same)
+
+
+def _four_bit(
+    base: str,
+    adapter: Adapter,
+    out: Path,
+    quantize: str,
+    route: str,
+    seed: int,
+    untie: bool,
+    allow: str | None,
+    as_json: bool,
+) -> None:
+    from veneer.merge import merge_four_bit
+
+    if quantize not in ("nf4", "nf4-dq"):
+        raise ConfigError(f"--quantize '{quantize}' is not known", help="nf4 or nf4-dq (scales quantised too)")
+    if route not in ("original", "stochastic"):
+        raise ConfigError(f"--route '{route}' is not known", help="original or stochastic")
+    double = quantize == "nf4-dq"
+    report = merge_four_bit(
+        base,
+        adapter,
+        out,
+        route="original" if route == "original" else "stochastic",
+        double=double,
+        seed=seed,
+        untie=untie,
+        allow_base_mismatch=allow,
+    )
+    if as_json:
+        say_json(asdict(report) | {"out": str(out)})
+        return
+    say(f"{out}: {len(report.gains)} projections in {quantize}, route {report.route}")
+    say(f"gain {report.gain:.3f}: 1 keeps the update, 0 has lost it (lowest {min(report.gains.values()):.3f})")
+    say(f"base: {report.base_check.outcome} ({report.base_check.detail})")
 
 
 def _loaded(base: str) -> Base | None:

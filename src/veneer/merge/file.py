@@ -103,10 +103,7 @@ def merge(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise Conflict(f"{place} is already there", help="choose a new folder, or remove this one")
     store = store_of(base if isinstance(base, Base) else str(base))
-    if isinstance(store, BaseStore):
-        verdict = compare(adapter, store.base, allow=allow_base_mismatch)
-    else:
-        verdict = _compare_folder(store, adapter, allow_base_mismatch)
+    verdict = belongs(store, adapter, allow_base_mismatch)
     changes = edits(adapter, store, untie=untie)
     job = _Job(store, changes, stochastic, Recorder() if unmergeable else None)
     replace_folder(place, frozenset(), lambda folder: job.write(folder, adapter, verdict))
@@ -119,11 +116,16 @@ class Merged:
     def __init__(self, base: Base | str | os.PathLike[str], adapter: Adapter, *, untie: bool = False) -> None:
         self._store = store_of(base if isinstance(base, Base) else str(base))
         self._edits = {edit.name: edit for edit in edits(adapter, self._store, untie=untie)}
-        self._extra = [name for name in self._edits if name not in self._store]
-        self.config = {**self._store.config, **({"tie_word_embeddings": False} if self._extra else {})}
+        self.extra = [name for name in self._edits if name not in self._store]
+        self.config = {**self._store.config, **({"tie_word_embeddings": False} if self.extra else {})}
 
     def names(self) -> list[str]:
-        return [*self._store.names(), *self._extra]
+        return [*self._store.names(), *self.extra]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What the tensor is stored in."""
+        edit = self._edits.get(name)
+        return self._store.tensor(name if edit is None else edit.source).dtype
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor in fp32, or the base's as stored."""
@@ -180,7 +182,7 @@ class _Job:
         if edit is None:
             return self.store.tensor(name)
         stored = self.store.tensor(edit.source)
-        result = merged(stored, edit.rows(self.store), _generator(self.seed, name))
+        result = merged(stored, edit.rows(self.store), None if self.seed is None else stream(self.seed, name))
         if self.recorder is not None:
             self.recorder.add(name, stored, result.value, edit.factors())
         self.squares[0] += result.lost_square
@@ -201,12 +203,17 @@ class _Job:
         return MergeReport(out, tuple(self.found), verdict, share_lost(*self.squares), bool(self.extra), bits)
 
 
-def _generator(seed: int | None, name: str) -> torch.Generator | None:
-    """A stream per tensor, so that the order of the files plays no part."""
-    if seed is None:
-        return None
+def stream(seed: int, name: str) -> torch.Generator:
+    """A random stream per tensor, so that the order of the files plays no part."""
     key = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+
+
+def belongs(store: BaseStore | FolderStore, adapter: Adapter, allow: str | None) -> Verdict:
+    """Refuse an adapter of another base; the same decision as when it is attached."""
+    if isinstance(store, BaseStore):
+        return compare(adapter, store.base, allow=allow)
+    return _compare_folder(store, adapter, allow)
 
 
 def _compare_folder(store: FolderStore, adapter: Adapter, allow: str | None) -> Verdict:

@@ -265,8 +265,8 @@ def store_of(base: Base | str | Path) -> BaseStore | FolderStore:
 
 
 def _source_folder(base: Base) -> Path | None:
-    """The checkpoint folder that `base` was converted from, where it is still there and the same."""
-    if base.folder is None or not (base.folder / "base.json").is_file():
+    """The checkpoint folder that `base` was converted from, where it is still there, the same, and what `base` computes with."""
+    if base.quantize is not None or base.folder is None or not (base.folder / "base.json").is_file():
         return None
     from veneer.models.convert import converted
 
