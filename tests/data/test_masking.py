@@ -115,6 +115,10 @@ def test_a_token_across_the_boundary_is_masked_and_noted() -> None:
     assert learned(tokenizer, TALK[:2]) == ["nn 日本<|im_end|>"]
 
 
+def test_a_token_that_runs_into_the_next_turn_is_masked() -> None:
+    assert learned(FakeTokenizer(fake.PLAIN, pieces=["\nuser"]), TALK) == ["Ann 日本", "Bob\n"]
+
+
 def test_a_character_of_several_tokens_belongs_to_one_side() -> None:
     template = (
         "{% for m in messages %}{{ m['role'] }}語{{ m['content'] }}<|im_end|>{% endfor %}"

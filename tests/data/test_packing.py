@@ -58,6 +58,10 @@ def test_a_step_takes_rows_until_the_next_would_exceed_it(
     assert at == len(lengths)
 
 
+def test_a_step_may_be_full_to_the_last_token() -> None:
+    assert [len(rows) for step in data.plan_epoch(rows_of([5] * 6), 0, 0, 10, 100) for rows in step] == [2, 2, 2]
+
+
 def test_how_rows_are_packed_does_not_change_which_share_a_step() -> None:
     dataset = rows_of([5, 9, 30, 2, 8, 8, 8, 14, 3])
     plans = [data.plan_epoch(dataset, 0, 1, 32, per_pass) for per_pass in (1, 8, 32, 1000)]
