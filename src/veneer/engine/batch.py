@@ -22,7 +22,7 @@ from veneer.models.bank import Bank, Packed, compose
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.group import Group
-from veneer.ops.low_rank import Pack
+from veneer.ops.pack import Pack, Packs
 from veneer.types import Bias, InScale, Lowered, LowRank, OutScale, Primitive
 
 
@@ -206,7 +206,7 @@ def _slice(pack: Pack, start: int, stop: int) -> Pack:
 
 
 def _side_by_side(packs: Sequence[Pack | None]) -> Packed:
-    kept = tuple(pack for pack in packs if pack is not None)
+    kept = Packs(pack for pack in packs if pack is not None)
     slots, taken = [], 0
     for pack in packs:
         slots.append(-1 if pack is None else taken)
