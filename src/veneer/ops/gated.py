@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.native import rows
+from veneer.ops.recording import recorded
 from veneer.registry import Registry
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ def gated_reference(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tenso
 
 def gated(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tensor, "n width"]:
     """act(gate) * up. Keeps `gate_up`."""
+    if not recorded(gate_up):
+        return gated_value(gate_up, name)
     return _Gated.apply(gate_up, name)  # type: ignore[no-any-return, no-untyped-call]
 
 

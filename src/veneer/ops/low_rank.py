@@ -10,19 +10,19 @@ Adapters may be fp32 on a bf16 base: they are cast (they are small), x is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.ops.adapted import Adapted, infer
 from veneer.ops.frozen import DenseFrozen, Frozen, product
 from veneer.ops.native import few
-from veneer.ops.native import rows as native_rows
 from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
+from veneer.ops.recording import recorded
 from veneer.types import Span
 
 __all__ = [
@@ -114,17 +114,16 @@ def _run(
 ) -> Tensor:
     used = sorted({span.index for span in spans if span.index >= 0})
     ours = [packs[i] for i in used]
-    if not _wants_gradient(source, ours) and _short(spans, ours, frozen):
-        shape = source.dtype, frozen.in_features, frozen.out_features
-        side_by_side = packs.stacked(tuple(used), *shape) if isinstance(packs, Packs) else stack(ours, *shape)
-        return _decode(prologue.value(source), frozen, bias, side_by_side, row_numbers(spans, used, source.device))
     rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
-    return _Adapted.apply(source, prologue, frozen, bias, ours, rows, *(t for p in ours for t in p.tensors()))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _wants_gradient(source: Tensor, packs: list[Pack]) -> bool:
-    tensors = (source, *(t for pack in packs for t in pack.tensors()))
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    tensors = [t for pack in ours for t in pack.tensors()]
+    if recorded(source, *tensors):
+        return Adapted.apply(source, prologue, frozen, bias, ours, rows, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    x = prologue.value(source)
+    if not _short(spans, ours, frozen):
+        return infer(x, frozen, bias, ours, rows)
+    shape = x.dtype, frozen.in_features, frozen.out_features
+    side_by_side = packs.stacked(tuple(used), *shape) if isinstance(packs, Packs) else stack(ours, *shape)
+    return _infer_stacked(x, frozen, bias, side_by_side, row_numbers(spans, used, x.device))
 
 
 SHORT = 4_000_000
@@ -140,7 +139,7 @@ def _short(spans: Sequence[Span], packs: list[Pack], frozen: Frozen) -> bool:
 
 
 @torch.no_grad()
-def _decode(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor) -> Tensor:
+def _infer_stacked(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor) -> Tensor:
     """`adapted_linear` over stacked packs: row n belongs to pack numbers[n]."""
     if packs.in_scales is not None:
         x = x * packs.in_scales[numbers]
@@ -157,193 +156,3 @@ def _decode(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numb
     if bias is not None:
         y += bias.to(y.dtype) if packs.biases is None else bias.to(y.dtype) * (1 - packs.has_bias[numbers])
     return y
-
-
-Rows = list[tuple[slice, int]]
-"""Row ranges, and which of the packs in use applies to each."""
-
-
-class _Adapted(torch.autograd.Function):
-    """The packs' tensors are passed once more, flat, so that autograd sees them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        source: Tensor,
-        prologue: Prologue,
-        frozen: Frozen,
-        bias: Tensor | None,
-        packs: list[Pack],
-        rows: Rows,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        cast = [
-            pack.with_tensors([None if t is None else t.detach().to(source.dtype) for t in pack.tensors()])
-            for pack in packs
-        ]
-        x = _scaled(prologue.value(source), cast, rows)
-        y = frozen.apply(x)
-        shrunk = [_add_low_rank(y[part], x[part], cast[i]) for part, i in rows]
-        wants_scale = any(ctx.needs_input_grad[6:]) and any(True for _ in _vectors("out_scale", cast, rows))
-        unscaled = y.clone() if wants_scale and not _invertible(bias, cast, rows) else None
-        _finish(y, bias, cast, rows)
-        wants_x = any(t is not None for pack in packs for t in (pack.A, pack.in_scale))
-        kept = unscaled if unscaled is not None else y if wants_scale else None
-        ctx.save_for_backward(source if wants_x or prologue.keeps else None, kept, *shrunk)
-        ctx.rest = (
-            prologue,
-            frozen,
-            [tuple(None if t is None else t.dtype for t in p.tensors()) for p in packs],
-            cast,
-            rows,
-        )
-        ctx.divide = unscaled is None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        source, kept, *shrunk = ctx.saved_tensors
-        prologue, frozen, dtypes, cast, rows = ctx.rest
-        wants_source = ctx.needs_input_grad[0]
-        grads = Gradients(dtypes, ctx.needs_input_grad[6:])
-        dy = grads.finish(dy, kept, cast, rows, divide=ctx.divide)
-        dx = frozen.apply_transposed(dy) if wants_source or grads.wants("in_scale") else None
-        plain = prologue.value(source) if grads.wants("A") or grads.wants("in_scale") else None
-        x = None if plain is None else _scaled(plain, cast, rows)
-        for (part, i), h in zip(rows, shrunk, strict=True):
-            if h is not None:
-                grads.low_rank(
-                    i, cast[i], dy[part], None if x is None else x[part], h, None if dx is None else dx[part]
-                )
-        if dx is not None:
-            grads.in_scale(dx, plain, cast, rows)
-        d_source = prologue.slope(source, dx) if wants_source else None
-        return (d_source, None, None, None, None, None, *grads.flat())
-
-
-def _vectors(name: str, packs: list[Pack], rows: Rows) -> Iterator[tuple[slice, int, Tensor]]:
-    """Row ranges with that vector, the pack's number, and the vector."""
-    slot = SLOTS[name]
-    for part, i in rows:
-        vector = packs[i].tensors()[slot]
-        if vector is not None:
-            yield part, i, vector
-
-
-def _scaled(x: Tensor, packs: list[Pack], rows: Rows) -> Tensor:
-    """x with the in_scales on: x itself where there are none, else a copy."""
-    found = x
-    for part, _, vector in _vectors("in_scale", packs, rows):
-        found = x.clone() if found is x else found
-        found[part] *= vector
-    return found
-
-
-def _add_low_rank(y: Tensor, x: Tensor, pack: Pack) -> Tensor | None:
-    """y += (x A^T) B^T in place, each part on its own columns; returns x A^T."""
-    if pack.A is None:
-        return None
-    h = x @ pack.A.t()
-    for b, (first, last), (start, stop) in zip(pack.B, pack.ranks(), pack.columns, strict=True):
-        y[:, start:stop].addmm_(h[:, first:last], b.t())
-    return h
-
-
-def _invertible(bias: Tensor | None, packs: list[Pack], rows: Rows) -> bool:
-    """Whether y / out_scale is what y was before its scales: no bias in the way, no zero among them.
-
-    Then y itself is kept, which most consumers keep as well, so that DoRA costs no activation memory of its own.
-    """
-    biased = bias is not None or any(True for _ in _vectors("bias", packs, rows))
-    return not biased and all(bool(vector.all()) for _, _, vector in _vectors("out_scale", packs, rows))
-
-
-def _finish(y: Tensor, bias: Tensor | None, packs: list[Pack], rows: Rows) -> None:
-    """y = y * out_scale + bias, in place. Rows without a bias of their own get the base's."""
-    for part, _, vector in _vectors("out_scale", packs, rows):
-        y[part] *= vector
-    own = list(_vectors("bias", packs, rows))
-    if bias is not None and not own:
-        y += bias.to(y.dtype)
-    elif bias is not None:
-        plain = torch.ones(len(y), 1, dtype=y.dtype, device=y.device)
-        for part, _, _ in own:
-            plain[part] = 0
-        y.addcmul_(plain, bias.to(y.dtype))
-    for part, _, vector in own:
-        y[part] += vector
-
-
-class Gradients:
-    """The gradients of the packs' tensors, summed over spans, each in its tensor's own dtype."""
-
-    def __init__(self, dtypes: list[tuple[torch.dtype | None, ...]], needed: Sequence[bool]) -> None:
-        flags = iter(needed)
-        self._dtypes = dtypes
-        self._needed = [[next(flags) for _ in pack] for pack in dtypes]
-        self._sums: list[list[Tensor | None]] = [[None] * len(pack) for pack in dtypes]
-
-    def wants(self, name: str) -> bool:
-        return any(flags[SLOTS[name]] for flags in self._needed)
-
-    def _add(self, i: int, slot: int, value: Tensor) -> None:
-        have = self._sums[i][slot]
-        self._sums[i][slot] = value.to(self._dtypes[i][slot]) if have is None else have.add_(value)
-
-    def finish(self, dy: Tensor, kept: Tensor | None, packs: list[Pack], rows: Rows, *, divide: bool) -> Tensor:
-        """Gradients of biases and out_scales; returns the gradient of y as it was before them."""
-        for part, i, _ in _vectors("bias", packs, rows):
-            if self._needed[i][SLOTS["bias"]]:
-                self._add(i, SLOTS["bias"], _row_sum(dy[part]))
-        scaled = list(_vectors("out_scale", packs, rows))
-        if not scaled:
-            return dy
-        unscaled = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        if sum(part.stop - part.start for part, _, _ in scaled) < len(dy):
-            unscaled.copy_(dy)
-        for part, i, vector in scaled:
-            y = kept[part] if kept is not None and self._needed[i][SLOTS["out_scale"]] else None
-            total = None if y is None else native_rows.scale_backward(dy[part], y, vector, unscaled[part])
-            if total is None:
-                torch.mul(dy[part], vector, out=unscaled[part])
-                total = None if y is None else _row_sum(dy[part] * y)
-            if total is not None:
-                self._add(i, SLOTS["out_scale"], total / vector if divide else total)
-        return unscaled
-
-    def low_rank(self, i: int, pack: Pack, dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor | None) -> None:
-        """dB = dy^T h and dA = (dy B)^T x for one span; dx += (dy B) A in place."""
-        assert pack.A is not None
-        dh = torch.empty_like(h)
-        for p, (b, (first, last), (start, stop)) in enumerate(zip(pack.B, pack.ranks(), pack.columns, strict=True)):
-            ours = dy[:, start:stop]
-            torch.mm(ours, b, out=dh[:, first:last])
-            if self._needed[i][FIRST_B + p]:
-                self._add(i, FIRST_B + p, torch.mm(h[:, first:last].t(), ours).t())
-        if self._needed[i][SLOTS["A"]]:
-            assert x is not None
-            self._add(i, SLOTS["A"], torch.mm(dh.t(), x))
-        if dx is not None:
-            dx.addmm_(dh, pack.A)
-
-    def in_scale(self, dx: Tensor, x: Tensor | None, packs: list[Pack], rows: Rows) -> None:
-        """Gradients of in_scales; dx becomes the gradient of the unscaled x, in place."""
-        for part, i, vector in _vectors("in_scale", packs, rows):
-            if self._needed[i][SLOTS["in_scale"]]:
-                assert x is not None
-                self._add(i, SLOTS["in_scale"], _row_sum(dx[part] * x[part]))
-            dx[part] *= vector
-
-    def flat(self) -> list[Tensor | None]:
-        return [value for sums in self._sums for value in sums]
-
-
-SLOTS = {"A": 0, "in_scale": 1, "out_scale": 2, "bias": 3}
-"""Places in `Pack.tensors()`; the B of each part follow."""
-FIRST_B = 4
-
-
-def _row_sum(t: Tensor) -> Tensor:
-    """The sum over rows in fp32 or wider; in pieces, as torch copies what it sums to that dtype first."""
-    pieces = [piece.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)) for piece in t.split(256)]
-    return torch.stack(pieces).sum(0)

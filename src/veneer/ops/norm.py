@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.native import rows
+from veneer.ops.recording import recorded
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -33,6 +34,8 @@ def rms_norm(
     x: Float[Tensor, "*rows d"], weight: Float[Tensor, " d"], eps: float, *, offset: float = 0.0
 ) -> Float[Tensor, "*rows d"]:
     """RMSNorm; `weight` may require a gradient. Keeps x and 1 / rms."""
+    if not recorded(x, weight):
+        return rms_norm_value(x, weight, eps, offset)[0]
     return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
 
 

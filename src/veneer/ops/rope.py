@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.native import rows
+from veneer.ops.recording import recorded
 
 
 def rotary_reference(
@@ -30,6 +31,8 @@ def rotary(
     x: Float[Tensor, "n heads d"], cos: Float[Tensor, "n half"], sin: Float[Tensor, "n half"]
 ) -> Float[Tensor, "n heads d"]:
     """Turn every head of row n by its angles. cos and sin are tables: they get no gradient."""
+    if not recorded(x):
+        return turned(x, cos, sin, back=False)
     return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
