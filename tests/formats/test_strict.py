@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +320,37 @@ def test_a_full_disk_leaves_what_was_there(
     assert caught.value.help is not None and "free some space" in caught.value.help
     assert (content(place) if exists else {}) == before
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if exists else [])
+
+
+def test_a_folder_that_may_not_be_written(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", refused)
+    with pytest.raises(ResourceError, match="Permission denied") as caught:
+        adapter.save(tmp_path / "a")
+    assert caught.value.help == "choose a folder you may write to"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["save_file", "load", "folders._swap"])
+def test_a_kill_leaves_what_was_there(step: str, adapter: Adapter, saved: Path) -> None:
+    before = content(saved)
+    script = f"""
+import os, signal
+from veneer import formats
+from veneer.adapter import Adapter
+from veneer.formats import folder as folders
+adapter = Adapter.load({str(saved)!r}).scaled(2.0)
+kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+{"folders._swap" if step == "folders._swap" else f"formats.{step}"} = kill
+adapter.save({str(saved)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert content(saved) == before
+    adapter.scaled(2.0).save(saved)
+    assert Adapter.load(saved).digest == adapter.scaled(2.0).digest
 
 
 def test_without_an_atomic_exchange_the_old_name_is_taken_in_two_steps(

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.world import KINDS, World, carried_out, fresh, inputs, method, own_parts, stirred, world
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.laws.world import KINDS, World, carried_out, fresh, host_of, inputs, method, own_parts, stirred, world
 from torch.nn import functional as F
 
 from veneer.adapter import Adapter
+from veneer.base.host import Host
 from veneer.errors import Unsupported
-from veneer.methods import METHODS, complete, folded, host_at, lower, merged
+from veneer.inits import INITS
+from veneer.methods import METHODS, complete, folded, host_at, lower, merged, start_parts
 from veneer.methods._lowrank import LowRankMethod
-from veneer.types import Lowered
+from veneer.types import BaseShape, Factors, Lowered
 
 WEIGHT = sorted(kind for kind, cls in METHODS.items() if cls.site == "weight")
 REPLACING = sorted(kind for kind, cls in METHODS.items() if cls.site == "override")
@@ -78,6 +82,35 @@ def test_forward_is_lowered_is_merged(kind: str, host_kind: str) -> None:
         assert not torch.equal(dense, host.apply(x).float()), "the law must be tried on an adapter that does something"
 
 
+@pytest.mark.parametrize("kind", WEIGHT)
+@given(out=st.integers(2, 13), inp=st.integers(2, 13), rank=st.integers(1, 13), rows=st.integers(1, 4), data=st.data())
+def test_the_same_law_at_any_size(kind: str, out: int, inp: int, rank: int, rows: int, data: st.DataObject) -> None:
+    """Every method on a layer of any size, at any rank that fits, and whatever its name says about its side."""
+    host_kind = data.draw(st.sampled_from(["linear", "biased", "conv1d"]))
+    target = data.draw(st.sampled_from(["model.layers.3.mlp.down_proj", "model.layers.3.self_attn.k_proj", "head"]))
+    host = host_of(host_kind, out, inp, seed=out * 100 + inp)
+    spec = method(kind, **({"rank": min(rank, out, inp)} if "rank" in METHODS[kind].model_fields else {}))
+    base = World(BaseShape(0, 0, 0, 0, 0, 0, {target: host.shape}), {target: host})
+    scale = (
+        spec.scale(target, spec.rank_at(target))
+        if spec.rank_at(target) and issubclass(METHODS[kind], LowRankMethod)
+        else 1.0
+    )
+
+    def factors(name: str, on: Host, generator: torch.Generator) -> Factors:
+        return INITS["default"](on, spec.rank_at(name) or 1, scale, None, generator)
+
+    parts = start_parts(spec, [target], base, torch.Generator().manual_seed(rank), factors)
+    adapter = stirred(Adapter(spec, parts), seed=rank)
+    x = inputs(host, rows=rows)
+    weight, bias = merged(adapter, target, host)
+    dense = F.linear(x, weight, bias)
+    whole = complete(adapter, adapter.part(target))
+    torch.testing.assert_close(spec.forward(x, whole, host), dense, rtol=1e-4, atol=1e-4)
+    primitives = lower(adapter, base).weights[target]
+    torch.testing.assert_close(carried_out(primitives, x, host), dense, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("host_kind", ["linear", "biased", "conv1d", "embedding"])
 @pytest.mark.parametrize("kind", REPLACING)
 def test_forward_is_merged_for_replacements(kind: str, host_kind: str) -> None:
@@ -127,6 +160,16 @@ def test_a_file_gives_back_the_same_adapter(kind: str, tmp_path: Path) -> None:
     again.save(tmp_path / "b")
     for name in sorted(path.name for path in (tmp_path / "a").iterdir()):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["lora", "dora", "prompt", "bottleneck"])
+def test_a_file_keeps_the_dtype(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    adapter = fresh(method(kind), world()).map_tensors(lambda t: t.to(dtype))
+    adapter.save(tmp_path / "a")
+    again = Adapter.load(tmp_path / "a")
+    assert {t.dtype for p in again.parts for t in p.tensors.values()} == {dtype}
+    assert again.digest == adapter.digest
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -278,7 +278,7 @@ def test_blocks_that_are_not_there(layers: Any, base: Base) -> None:
         ({"kind": "token_rows"}, "`tokens` is empty"),
         ({"kind": "token_rows", "tokens": [1, 1]}, "stands twice"),
         ({"kind": "ia3", "targets": ["embed_tokens"]}, "no activations to scale"),
-        ({"kind": "bitfit", "targets": ["embed_tokens"]}, "has no bias"),
+        ({"kind": "bitfit", "targets": ["embed_tokens"]}, "embedding layers have no bias"),
         ({"kind": "full", "only": "bias"}, "it has no bias"),
         ({"kind": "lora", "rank": 2, "parameters": ["experts.down_proj"]}, "experts in a file"),
     ],

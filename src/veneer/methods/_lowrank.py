@@ -97,7 +97,7 @@ class LowRankMethod(Method):
     def refusal(self, target: str, shape: HostShape) -> str | None:
         rank, most = self.rank_at(target), min(shape.in_features, shape.out_features)
         if shape.kind not in ("linear", "conv1d", "embedding"):
-            return f"a {shape.kind} takes no low-rank update"
+            return f"{shape.kind} layers take no low-rank update"
         return f"rank {rank} is above the layer's {most}" if rank > most else None
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:

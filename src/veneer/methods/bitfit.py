@@ -35,7 +35,7 @@ class BitFit(Method):
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
-        return None if shape.kind in ("linear", "conv1d") else f"a {shape.kind} has no bias"
+        return None if shape.kind in ("linear", "conv1d") else f"{shape.kind} layers have no bias"
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
         return {"bias": (shape.out_features,)}

@@ -83,7 +83,7 @@ class IA3(Method):
         return None
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
-        return None if shape.kind in ("linear", "conv1d") else f"a {shape.kind} has no activations to scale"
+        return None if shape.kind in ("linear", "conv1d") else f"{shape.kind} layers have no activations to scale"
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
         if _named(target, self.feedforward):

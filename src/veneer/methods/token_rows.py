@@ -52,7 +52,7 @@ class TokenRows(Method):
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
         if shape.kind != "embedding":
-            return f"it is a {shape.kind}, only an embedding has token rows"
+            return f"{shape.kind} layers have no token rows, only an embedding has"
         beyond = [t for t in self.tokens if not 0 <= t < shape.in_features]
         if beyond:
             return f"tokens {beyond} are outside its {shape.in_features} rows"

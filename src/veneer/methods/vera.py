@@ -49,7 +49,7 @@ class VeRA(Method):
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
-        return None if shape.kind in ("linear", "conv1d") else f"a {shape.kind} takes no VeRA"
+        return None if shape.kind in ("linear", "conv1d") else f"{shape.kind} layers take no VeRA"
 
     def frozen(self) -> frozenset[str]:
         return frozenset({"A", "B"})
