@@ -12,7 +12,7 @@ from veneer.adapter import Adapter, Part
 from veneer.algebra import Recipe, combine, interference, read_recipe, run_recipe
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoRA
-from veneer.ops.spectra import low_rank_inner, low_rank_svd, low_rank_svd_reference, spectrum
+from veneer.ops.spectra import leading_svd, low_rank_inner, low_rank_svd, low_rank_svd_reference, spectrum
 
 
 def adapter(seed: int, rank: int = 2) -> Adapter:
@@ -124,3 +124,21 @@ def test_the_core_svd_is_the_dense_one(out: int, into: int, rank: int) -> None:
     torch.testing.assert_close(s, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(u * s @ vh, b @ a, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(low_rank_inner(b, a, b, a), s.square().sum())
+    values, norm, leading = leading_svd(b, a)
+    torch.testing.assert_close(values, s[: len(values)], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(norm, s.norm())
+    left, right = leading(len(values))
+    torch.testing.assert_close(left * values @ right, b @ a, rtol=1e-7, atol=1e-7)
+
+
+def test_the_fast_svd_knows_a_rank_that_the_factors_hide() -> None:
+    b = torch.randn(30, 2, dtype=torch.float64).repeat(1, 3)
+    a = torch.randn(2, 20, dtype=torch.float64).repeat(3, 1)
+    values, _, leading = leading_svd(b, a)
+    assert int((values > 1e-6 * values[0]).sum()) == 2
+    left, right = leading(2)
+    torch.testing.assert_close(left.t() @ left, torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(left * values[:2] @ right, b @ a)
+    zero, norm, _ = leading_svd(0 * b, a)
+    assert float(norm) == 0
+    assert float(zero[0]) == 0

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, cast
 from veneer.adapter import Adapter, HostSource, Part, Provenance
 from veneer.algebra._rule import Product, Updates, load_all, options, schema
 from veneer.algebra._sources import is_shared, is_update, source
-from veneer.algebra._spaces import fitted, product_norm
+from veneer.algebra._spaces import Fit, fitted, product_norm
 from veneer.errors import BaseMismatch, ConfigError, NeedsBase, TargetError, Unsupported, listed
 from veneer.methods.lora import LoRA
 from veneer.registry import did_you_mean
@@ -135,11 +135,11 @@ def _settled(product: Product, updates: Updates, rank: int | None, dense: bool) 
             f"the combined update at '{updates.target}' is dense, and no adapter there has a rank to go by",
             help="say how large the result may be: rank=16",
         )
-    b, a, error = product.B, product.A, 0.0
-    norm = product_norm(b, a)
-    if a.shape[0] > (limit if cap is None else min(limit, cap)):
-        b, a, error = fitted(b, a, cap)
-    return Product(b, a), TargetReport(updates.target, a.shape[0], norm, error, updates.names)
+    if product.A.shape[0] > (limit if cap is None else min(limit, cap)):
+        fit = fitted(product.B, product.A, cap)
+    else:
+        fit = Fit(product.B, product.A, product_norm(product.B, product.A), 0.0)
+    return Product(fit.B, fit.A), TargetReport(updates.target, fit.A.shape[0], fit.norm, fit.error, updates.names)
 
 
 class _Sources:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.algebra._rule import Product, Updates
-from veneer.ops.spectra import low_rank_svd
+from veneer.ops.spectra import leading_svd
 
 Space: TypeAlias = Literal["core", "knots", "dense"]
 
@@ -94,14 +94,25 @@ def product_norm(b: Tensor, a: Tensor) -> float:
 SPACES: dict[Space, Callable[[Updates], Coordinates]] = {"core": core_space, "knots": knots_space, "dense": dense_space}
 
 
-def fitted(b: Tensor, a: Tensor, rank: int | None = None, size: float = 0.0) -> tuple[Tensor, Tensor, float]:
-    """The best B, A of at most `rank` (None: the numerical rank, so nothing is lost) and the relative Frobenius error.
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A product at some rank: B, A, the norm of what was fitted, and the relative Frobenius error."""
+
+    B: Tensor
+    A: Tensor
+    norm: float
+    error: float
+
+
+def fitted(b: Tensor, a: Tensor, rank: int | None = None, size: float = 0.0) -> Fit:
+    """The best product of at most `rank` (None: the numerical rank, so nothing is lost).
 
     The singular values are split evenly between B and A. Eckart-Young: no product of that rank is nearer.
     """
-    u, s, vh = low_rank_svd(b, a)
+    s, norm, leading = leading_svd(b, a)
     keep = min(numerical_rank(s, size), s.numel() if rank is None else rank)
-    total = float(s.square().sum())
-    error = (float(s[keep:].square().sum()) / total) ** 0.5 if total > 0 else 0.0
+    total = float(norm)
+    error = float(s[keep:].norm()) / total if total > 0 else 0.0
+    u, vh = leading(keep)
     root = s[:keep].sqrt()
-    return u[:, :keep] * root, root[:, None] * vh[:keep], error
+    return Fit(u * root, root[:, None] * vh, total, error if error > NEGLIGIBLE else 0.0)

@@ -32,8 +32,8 @@ def linear(updates: Updates) -> Product:
     """The weighted sum at its numerical rank: exact, and no larger than it must be."""
     summed = cat(updates)
     size = max(abs(w) * product_norm(b, a) for w, b, a in zip(updates.weights, updates.B, updates.A, strict=True))
-    b, a, _ = fitted(summed.B, summed.A, size=size)
-    return Product(b, a)
+    fit = fitted(summed.B, summed.A, size=size)
+    return Product(fit.B, fit.A)
 
 
 @rule("svd")

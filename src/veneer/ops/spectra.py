@@ -50,10 +50,11 @@ def leading_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Callable[[int], t
 def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R `[k, r]` with R^T R = gram, and its right inverse `[r, k]`, over the directions that are more than rounding."""
     values, vectors = torch.linalg.eigh(gram)
-    keep = values > values[-1].clamp_min(torch.finfo(gram.dtype).tiny) * 1e-16
+    keep = values > values[-1] * 1e-16
     keep[-1] = True
-    root = values[keep].clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    return root[:, None] * vectors[:, keep].t(), vectors[:, keep] / root
+    root = values[keep].clamp_min(0).sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    return root[:, None] * vectors[:, keep].t(), vectors[:, keep] * inverse
 
 
 def low_rank_singular_values(b: Tensor, a: Tensor) -> Tensor:
