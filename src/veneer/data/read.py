@@ -29,6 +29,7 @@ from veneer.data.records import (
     json_type,
     not_utf8,
     reason,
+    syntax,
     too_long,
     whole_text,
 )
@@ -182,9 +183,9 @@ def _json_lines(file: BufferedReader, problems: Problems) -> Iterator[Record]:
             value = DECODER.decode(text)
         except json.JSONDecodeError as error:
             if complete:
-                problems.add(number, f"not JSON: {error.msg} at column {error.colno}")
+                problems.add(number, f"not JSON: {syntax(error)}")
             else:
-                what = f"the file ends inside this row: {error.msg} at column {error.colno}"
+                what = f"the file ends inside this row: {syntax(error)}"
                 problems.add(number, what, help=HALF_WRITTEN)
         except (ValueError, RecursionError) as error:
             problems.add(number, reason(error))
@@ -241,7 +242,7 @@ def _element(text: str, at: int, line: int, problems: Problems) -> tuple[Any, in
         cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
         what = "the file ends inside this row" if cut else "not JSON"
         fix = HALF_WRITTEN if cut else None
-        problems.add(error.lineno, f"{what}: {error.msg} at column {error.colno}", help=fix)
+        problems.add(error.lineno, f"{what}: {syntax(error)}", help=fix)
     except (ValueError, RecursionError) as error:
         problems.add(line, reason(error))
     return None

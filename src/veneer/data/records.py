@@ -32,11 +32,11 @@ class Record:
 
 @dataclass
 class Problems:
-    """What is wrong with one file, in the order it was found. Keeps the first thousand and counts the rest."""
+    """What is wrong with one file, told in the order of its lines. Keeps the first thousand and counts the rest."""
 
     name: str
     unit: str = "line"
-    found: list[str] = field(default_factory=list)
+    found: list[tuple[int, str]] = field(default_factory=list)
     count: int = 0
     help: str | None = None
 
@@ -46,14 +46,15 @@ class Problems:
         self.help = self.help or help
         if self.count <= KEPT_PROBLEMS:
             place = f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, {self.unit} {line}"
-            self.found.append(f"{place}: {what}")
+            self.found.append((line, f"{place}: {what}"))
 
     def raise_any(self) -> None:
         """Raise one DataError with all of them, or return."""
         if not self.count:
             return
         plural = "problem" if self.count == 1 else "problems"
-        shown = [*self.found, *[""] * (self.count - len(self.found))]
+        told = [what for _, what in sorted(self.found, key=lambda problem: problem[0])]
+        shown = [*told, *[""] * (self.count - len(told))]
         raise DataError(f"{self.name} has {self.count} {plural}:\n{listed(shown)}", help=self.help)
 
 
@@ -83,6 +84,11 @@ def json_type(value: Any) -> str:
         return "boolean"
     names = {type(None): "null", str: "text", int: "number", float: "number", list: "list", dict: "object"}
     return names.get(type(value), type(value).__name__)
+
+
+def syntax(error: json.JSONDecodeError) -> str:
+    """What is wrong with the syntax, and in which column."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def reason(error: ValueError | RecursionError) -> str:
