@@ -1,4 +1,4 @@
-"""The names in PEFT's tensor file, in both directions (peft 0.21, `docs/reference` has the table).
+"""The names in PEFT's tensor file, in both directions (peft 0.21).
 
     base_model.model.<module path>.<tensor>            tensors of a module
     base_model.<tensor>                                 shared by all modules (VeRA's projections)
