@@ -9,7 +9,7 @@ Shapes: A `[rank, in]`, B `[out, rank]`; `delta = scale * B @ A`. In a `LowRank`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -190,6 +190,23 @@ class Segment:
     sequence: int
     adapter: int = -1
     start: int = 0
+
+
+NEVER = 1 << 62
+"""A position that no sequence reaches."""
+
+
+def switch_at(tokens: Sequence[int], invocation: tuple[int, ...] | None) -> int:
+    """Where an adapter starts to apply: at the start of the last invocation sequence, or `NEVER` without one (PEFT's rule).
+
+    >>> switch_at([5, 1, 2, 9, 1, 2, 7], (1, 2)), switch_at([5, 6], None)
+    (4, 0)
+    """
+    if invocation is None:
+        return 0
+    width = len(invocation)
+    starts = range(len(tokens) - width, -1, -1)
+    return next((i for i in starts if tuple(tokens[i : i + width]) == invocation), NEVER)
 
 
 @dataclass(frozen=True)

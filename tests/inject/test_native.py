@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from tests import tinylm
 from torch import Tensor
 
-from tests import tinylm
 from veneer.adapter import Adapter
 from veneer.errors import Unsupported
 from veneer.inject import attached, create, disabled
@@ -104,3 +103,22 @@ def test_embedding_and_head_carry_adapters_too(base: Base, targets: str) -> None
     before = logits(base)
     with attached(base, one):
         assert not torch.equal(logits(base), before)
+
+
+def test_an_invoked_adapter_leaves_everything_before_its_last_invocation_bitwise(base: Base) -> None:
+    invocation = (40, 41)
+    spec = LoRA(rank=2, alpha=4, invocation=invocation)
+    generator = torch.Generator().manual_seed(0)
+    one = create(base, spec, generator).map_tensors(lambda t: t + 0.3 * torch.randn(t.shape, generator=generator))
+    ids = [[5, 40, 41, 8, 9, 40, 41, 12]]
+    before = base.logits(ids)
+    with attached(base, one):
+        after = base.logits(ids)
+        assert torch.equal(base.logits([[5, 6, 7, 8]]), _bare(base, [[5, 6, 7, 8]]))
+    assert torch.equal(after[:, :5], before[:, :5])
+    assert not torch.allclose(after[:, 5:], before[:, 5:], atol=1e-4)
+
+
+def _bare(base: Base, ids: list[list[int]]) -> Tensor:
+    with disabled(base):
+        return base.logits(ids)

@@ -15,8 +15,7 @@ from veneer.engine.kvcache import BLOCK, Chain, KVBook
 from veneer.engine.residency import Residency
 from veneer.engine.scheduler import Seq, Verdict
 from veneer.errors import FormatError, ResourceError, VeneerError
-
-_NEVER = 1 << 62
+from veneer.types import switch_at
 
 
 class Admission:
@@ -134,16 +133,3 @@ class Admission:
             answer.chain = Chain(self._identity, seq.adapter, seq.switch)
         hit = self._book.find(answer.chain.extend(seq.tokens, seq.prompt - 1))
         return None if hit is None else (hit[0], hit[1] * BLOCK)
-
-
-def switch_at(tokens: Sequence[int], invocation: tuple[int, ...] | None) -> int:
-    """Where an adapter starts to apply: at the start of the last invocation sequence, or never without one (PEFT's rule).
-
-    >>> switch_at([5, 1, 2, 9, 1, 2, 7], (1, 2)), switch_at([5, 6], None)
-    (4, 0)
-    """
-    if invocation is None:
-        return 0
-    width = len(invocation)
-    starts = range(len(tokens) - width, -1, -1)
-    return next((i for i in starts if tuple(tokens[i : i + width]) == invocation), _NEVER)

@@ -5,8 +5,8 @@ stacked, B's per part, scales and biases folded), so a group costs one shrink wh
 adapter state: a bank is passed to each forward.
 
 The surprise: packing is differentiable and happens once per optimiser step, not once per micro-batch. The trainer runs the
-decoder on `leaves` (detached copies that collect gradients) and sends the sum back through packing and lowering in one go. That is why
-DoRA's norms cost nothing per micro-batch.
+decoder on `leaves` (detached copies that collect gradients) and sends the sum back through packing and lowering in one go.
+That is why DoRA's norms cost nothing per micro-batch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from veneer.types import (
     Span,
     Sublayer,
     Tokens,
+    switch_at,
 )
 
 
@@ -60,6 +61,7 @@ class Bank:
     groups     group (or part-of-group) name -> its packs
     split      groups of which some part needs its own input, run part by part
     overrides  per adapter: tensor name -> the tensor that replaces it
+    invocations  per adapter: the token ids that switch it on (aLoRA), or None for always on
     embedding  per adapter: low-rank factors of the input embedding, (A `[rank, vocab]`, B `[hidden, rank]`), or None
     """
 
@@ -71,6 +73,7 @@ class Bank:
     kv: tuple[Mapping[int, KV], ...] = ()
     overrides: tuple[Mapping[str, Override], ...] = ()
     embedding: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    invocations: tuple[tuple[int, ...] | None, ...] = ()
     dropout: Dropout | None = None
 
     @staticmethod
@@ -78,9 +81,15 @@ class Bank:
         lowered: Sequence[Lowered], groups: Mapping[str, Group], embed_path: str, *, dropout: Dropout | None = None
     ) -> Bank:
         """Pack `lowered` for a decoder with these groups."""
+        head = groups["head"].parts[0].path if "head" in groups else ""
         known = {part.path for group in groups.values() for part in group.parts} | {embed_path}
         for entry in lowered:
             stray = sorted(set(entry.weights) - known)
+            if entry.invocation is not None and head in entry.weights:
+                raise Unsupported(
+                    "an invoked adapter (aLoRA) on the output head is not run natively",
+                    help="leave the head out of its targets",
+                )
             if stray:
                 raise Unsupported(
                     f"the native decoder has no layer called {', '.join(stray)}",
@@ -106,8 +115,28 @@ class Bank:
             kv=tuple(entry.kv for entry in lowered),
             overrides=tuple(entry.overrides for entry in lowered),
             embedding=tuple(_embedding_factors(entry.weights.get(embed_path, ())) for entry in lowered),
+            invocations=tuple(entry.invocation for entry in lowered),
             dropout=dropout,
         )
+
+    def activated(self, tokens: Tensor, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Segments of whole sequences, cut where an invoked adapter switches on: the base until the last invocation."""
+        if not any(self.invocations):
+            return segments
+        found: list[Segment] = []
+        row = 0
+        for segment in segments:
+            invocation = self.invocations[segment.adapter] if segment.adapter >= 0 else None
+            if invocation is None:
+                found.append(segment)
+            else:
+                ids: list[int] = tokens[row : row + segment.length].tolist()
+                switch = min(switch_at(ids, invocation), segment.length)
+                before = Segment(switch, segment.sequence, -1, segment.start)
+                after = replace(segment, length=segment.length - switch, start=segment.start + switch)
+                found += [s for s in (before, after) if s.length]
+            row += segment.length
+        return found
 
     def virtual_tokens(self, adapter: int) -> int:
         """Rows that stand before a sequence of `adapter`: prompt rows, or keys and values of a prefix."""

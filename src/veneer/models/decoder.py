@@ -128,10 +128,12 @@ class Decoder:
 
         tokens     `[N]` ids, the segments' tokens in order
         segments   which rows are which sequence's and use which adapter of `bank` (-1: none)
-        cache      keys and values of earlier positions; without it every sequence is whole
+        cache      keys and values of earlier positions. Without it every sequence is whole, and invoked adapters (aLoRA) are
+                   switched on here; with it the caller cuts the segments
         rows       positions whose hidden state is needed; the last block's MLP runs on those alone
         recompute  the first so many blocks drop their activations and run again in the backward pass
         """
+        segments = bank.activated(tokens, segments) if cache is None else segments
         h, state, keep = self._embed(tokens, segments, bank, cache)
         wanted = keep if rows is None else rows if keep is None else keep[rows]
         last = self.config.layers - 1

@@ -117,7 +117,9 @@ def _span_of_part(part: PartSpec, single: Group, x: Tensor, span: Span, bank: Ba
         y = F.linear(rows, weight.value.to(x.dtype), replaced)
         for pack in _packs_at(bank, single.name, span.index):
             if pack.A is None or pack.in_scale is not None or pack.out_scale is not None:
-                raise Unsupported(f"'{part.path}' is replaced and scaled by one adapter; only a low-rank update can follow")
+                raise Unsupported(
+                    f"'{part.path}' is replaced and scaled by one adapter; only a low-rank update can follow"
+                )
             y = y + _low_rank(pack, rows, part.stop - part.start)
         return y
     whole = Bank(
