@@ -223,6 +223,8 @@ def test_rows_from_python_objects() -> None:
         data.from_records([GOOD, {"x": 1}], name="mine")
     with pytest.raises(DataError, match="no rows"):
         data.from_records([])
+    with pytest.raises(DataError, match="row 1: a value that JSON can't hold"):
+        data.from_records([{"text": b"bytes"}])
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

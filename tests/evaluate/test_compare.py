@@ -210,7 +210,7 @@ def test_rows_above_the_limit(base: Base) -> None:
     report = evaluate(
         base, {}, long, settings=Settings(max_length=200, on_too_long="truncate", generate=0, resamples=100)
     )
-    assert report.warnings == ("1 rows were cut to 200 tokens",)
+    assert report.warnings == ("1 rows of rows were cut to 200 tokens",)
 
 
 def test_settings_that_make_no_sense() -> None:

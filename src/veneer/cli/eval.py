@@ -58,6 +58,8 @@ def command(
         seed=seed,
     )
     rows, held_out = load(data, format), None if general is None else load(general)
+    if rows.ignored:
+        note(f"keys of {data} that the format '{rows.format}' has no use for: {', '.join(rows.ignored)}")
     report = evaluate(
         load_base(base, dtype=dtype, quantize=quantize),
         load_adapters(adapter),

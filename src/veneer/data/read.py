@@ -69,7 +69,7 @@ def from_records(records: Sequence[Mapping[str, Any]], format: str = "auto", nam
     kept = [found for i, value in enumerate(records, 1) for found in _object(value, i, problems)]
     found, rows, ignored = convert(kept, format, problems)
     problems.raise_any()
-    digest = hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([record.value for record in kept], sort_keys=True).encode()).hexdigest()
     return Rows(name, problems.unit, found, tuple(rows), digest, ignored)
 
 
@@ -154,6 +154,9 @@ def _object(value: Any, line: int, problems: Problems) -> Iterator[Record]:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         problems.add(line, "half of a surrogate pair (\\ud800-\\udfff) in a text, which is no character")
+        return
+    except TypeError as error:
+        problems.add(line, f"a value that JSON can't hold: {error}")
         return
     yield Record(line, value)
 

@@ -166,15 +166,20 @@ def evaluate(
 
 
 def _losses(work: _Work, rows: Rows) -> None:
-    settings, tokenizer = work.settings, work.base.require_tokenizer()
-    length = settings.max_length or work.base.config.max_positions
-    dataset = encode(rows, tokenizer, max_length=length, on_too_long=settings.on_too_long, train_on=settings.train_on)
-    if dataset.notes.get("truncated"):
-        work.warnings.append(f"{dataset.notes['truncated']} rows were cut to {length} tokens")
+    dataset = _encoded(work, rows, work.settings.on_too_long)
     for voice, index in work.voices:
         work.progress(f"loss of {voice or 'the base'} on {len(rows)} rows")
         work.losses[voice] = row_losses(work.base, dataset, work.bank, index)
         work.put(voice, _loss_measures(work.losses[voice], dataset))
+
+
+def _encoded(work: _Work, rows: Rows, on_too_long: OnTooLong) -> Dataset:
+    length = work.settings.max_length or work.base.config.max_positions
+    tokenizer, train_on = work.base.require_tokenizer(), work.settings.train_on
+    dataset = encode(rows, tokenizer, max_length=length, on_too_long=on_too_long, train_on=train_on)
+    if dataset.notes.get("truncated"):
+        work.warnings.append(f"{dataset.notes['truncated']} rows of {rows.name} were cut to {length} tokens")
+    return dataset
 
 
 def _loss_measures(losses: RowLosses, dataset: Dataset) -> dict[str, Measure]:
@@ -190,9 +195,7 @@ def _perplexity(totals: Floats) -> Floats:
 
 
 def _general(work: _Work, rows: Rows) -> None:
-    length = work.settings.max_length or work.base.config.max_positions
-    tokenizer = work.base.require_tokenizer()
-    dataset = encode(rows, tokenizer, max_length=length, on_too_long="truncate", train_on=work.settings.train_on)
+    dataset = _encoded(work, rows, "truncate")
     for voice, index in work.voices:
         work.progress(f"loss of {voice or 'the base'} on {len(rows)} general rows")
         losses = row_losses(work.base, dataset, work.bank, index)
