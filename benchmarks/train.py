@@ -63,7 +63,9 @@ def run_case(name: str, rounds: int, peer_python: str, folder: str) -> dict[str,
         "memory_ratio": round(median(ours, "peak_bytes") / median(theirs, "peak_bytes"), 3),
         "memory_bar": memory_bar,
         "fraction_of_floor": round(median(ours, "fraction_of_floor"), 3),
-        "veneer": {k: median(ours, k) for k in ("useful_tokens_per_s", "peak_bytes", "gemm_flops_per_s", "page_faults")},
+        "veneer": {
+            k: median(ours, k) for k in ("useful_tokens_per_s", "peak_bytes", "gemm_flops_per_s", "page_faults")
+        },
         "peft": {k: median(theirs, k) for k in ("useful_tokens_per_s", "peak_bytes")},
     }
 
