@@ -174,6 +174,27 @@ def test_trained_rows_on_a_tied_head(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
+def test_a_whole_embedding_on_a_tied_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Kept tied, PEFT stores both; untied, it changes the input side only, which is said at load."""
+    peft = pytest.importorskip("peft")
+    for tied in (True, False):
+        model = llama(tie_word_embeddings=True)
+        model.save_pretrained(tmp_path / f"base-{tied}")
+        fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(ensure_weight_tying=tied, **fields))
+        stir(model)
+        model.save_pretrained(tmp_path / f"{tied}")
+        caplog.clear()
+        adapter = Adapter.load(tmp_path / f"{tied}")
+        assert ("PEFT leaves the head alone" in caplog.text) is not tied
+        base = load_base(tmp_path / f"base-{tied}", dtype="float32")
+        if tied:
+            torch.testing.assert_close(logits(base, adapter), peft_logits(model, IDS, 0), rtol=1e-4, atol=1e-4)
+            adapter.save(tmp_path / "ours")
+            assert Adapter.load(tmp_path / "ours").digest == adapter.digest
+
+
+@pytest.mark.parity
 def test_lora_and_ia3_on_gpt2(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     gpt2().save_pretrained(tmp_path / "base")

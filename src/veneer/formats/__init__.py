@@ -7,6 +7,7 @@ the folder is refused, with everything that is wrong in one error.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part
-from veneer.errors import FormatError, NotFound, listed
+from veneer.errors import FormatError, NotFound, ResourceError, listed
 from veneer.formats import veneer_json
 from veneer.formats.checkpoint import PICKLES, first_non_finite, open_tensors, plain_file, read_json
 from veneer.formats.folder import replace_folder
@@ -46,10 +48,12 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
-    """Read the adapter folder `path`."""
+    """Read the adapter folder `path`; of a run's folder, the adapter in it."""
     folder = Path(path)
     if not folder.is_dir():
-        raise NotFound(f"there is no adapter folder at {folder}")
+        raise NotFound(f"there is no adapter folder at {folder}", help=_nearest(folder))
+    if (folder / "adapter" / TENSORS).exists() and not (folder / TENSORS).exists():
+        folder = folder / "adapter"
     _refuse_pickles(folder)
     tensors = _read_tensors(folder)
     sidecar = None
@@ -61,6 +65,13 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     if sidecar is None:
         for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
             _log.warning("%s: the key %s of %s is not known and has no effect", folder, key, CONFIG)
+        if "input_side_only" in adapter.provenance.extra:
+            path = adapter.provenance.extra["input_side_only"]
+            _log.warning(
+                "%s replaces %s: where the head is tied to it, PEFT leaves the head alone, veneer does not",
+                folder,
+                path,
+            )
         return adapter
     restored = veneer_json.restore(sidecar, adapter.parts)
     _agree(adapter, restored, folder)
@@ -74,9 +85,21 @@ def _write(adapter: Adapter, folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     else:
         tensors = {_key(p, name): t for p in adapter.parts for name, t in p.tensors.items()}
-    save_file({name: _owning(t) for name, t in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
+    try:
+        save_file({name: _owning(t) for name, t in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
+    except SafetensorError as error:  # the disk: the tensors were checked before
+        raise ResourceError(
+            f"cannot write the adapter's tensors: {error}; what was there is as it was",
+            help="free some space or choose another disk",
+        ) from error
     (folder / veneer_json.NAME).write_text(veneer_json.render(veneer_json.describe(adapter, layout)), "utf-8")
     load(folder)  # the digest in veneer.json proves that what is on the disk is what was given
+
+
+def _nearest(folder: Path) -> str:
+    beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return f"did you mean {folder.parent / near[0]}?" if near else "give the folder of an adapter, or of a run"
 
 
 def _key(part: Part, name: str) -> str:

@@ -33,6 +33,8 @@ _DECODER = re.compile(
     r"|model\.embed_tokens|model\.norm|transformer\.w[tp]e|transformer\.ln_f|gpt_neox\.embed_in|lm_head|embed_out)"
 )
 
+_EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
+
 
 def expressible(adapter: Adapter) -> bool:
     """Whether PEFT's format has words for all of `adapter`."""
@@ -111,6 +113,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     extra: dict[str, Any] = {"from": "peft"}
     if ignored:
         extra["peft_keys_without_effect"] = ignored
+    if untied := _untied_embedding(config, reading.parts):
+        extra["input_side_only"] = untied
     if config.get("task_type"):
         extra["task_type"] = config["task_type"]
     base_name = config.get("base_model_name_or_path") or None
@@ -197,7 +201,7 @@ def _companion_parts(config: Mapping[str, Any], found: Sorted, reading: _Reading
     for path in natural(found.whole):
         tensors = found.whole[path]
         wanted = any(path.endswith(name) for name in saved)  # PEFT's rule: `norm` takes input_layernorm too
-        copied = path in found.modules  # PEFT's copy of a targeted embedding
+        copied = path in found.modules or _is_tied_copy(path, config, found)
         if wanted or copied or (biases and set(tensors) == {"bias"}):
             reading.parts.append(Part("full", "override", path, dict(tensors)))
         else:
@@ -216,6 +220,21 @@ def _companion_parts(config: Mapping[str, Any], found: Sorted, reading: _Reading
         reading.parts.append(Part("token_rows", "override", path, {"rows": rows, "tokens": ids}, "embedding"))
     if indices and not found.rows:
         reading.problems.append("trainable_token_indices is set, but the file has no token rows")
+
+
+def _untied_embedding(config: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
+    """A whole embedding that PEFT would replace on the input side only, also where the base's head is tied to it."""
+    whole = [p.target for p in parts if p.kind == "full" and p.target is not None and "weight" in p.tensors]
+    if config.get("ensure_weight_tying") or any(path in ("lm_head", "embed_out") for path in whole):
+        return None
+    return next((path for path in whole if path in _EMBEDDINGS), None)
+
+
+def _is_tied_copy(path: str, config: Mapping[str, Any], found: Sorted) -> bool:
+    """Whether this is the head that PEFT stores beside a whole embedding when it keeps the two tied."""
+    weight = found.whole[path].get("weight")
+    twins = [own["weight"] for other, own in found.whole.items() if other != path and "weight" in own]
+    return bool(config.get("ensure_weight_tying")) and weight is not None and any(torch.equal(weight, t) for t in twins)
 
 
 def _by_suffix(table: Mapping[str, Any], path: str) -> list[int] | None:
