@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported
-from veneer.formats.gguf_export import export_adapter, export_model, halves_to_pairs, heads_to_thirds
+from veneer.formats.gguf_export import export_adapter, export_model, halves_to_pairs, heads_to_thirds, q8_0
 from veneer.formats.gguf_words import pre_tokenizer, tokenizer_fields
 from veneer.formats.ollama import MARK, Turns, modelfile, stop_words, turns
 from veneer.formats.vllm import limits, servable
@@ -63,6 +63,17 @@ def test_each_type_rounds_once(tmp_path: Path, filetype: Any, error: float) -> N
     for target in adapter.targets:
         exact = base.host(target).weight() + adapter.delta(target)
         assert float((back.read(f"{target}.weight") - exact).norm() / exact.norm()) < error
+
+
+def test_q8_0_is_ggufs_own() -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
+    weight[3, 32:64] = 0
+    wanted = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType.Q8_0))
+    assert (q8_0(weight) != wanted).double().mean() < 0.005  # a value at a half may fall to either side
+    assert torch.equal(q8_0(weight)[3, 34:68], wanted[3, 34:68])
 
 
 def test_the_orders_are_inverse() -> None:

@@ -133,6 +133,7 @@ def _gguf_adapter(order: Order) -> dict[str, str]:
 
 
 def _ollama(order: Order) -> dict[str, str]:
+    from veneer.formats.folder import replace_folder
     from veneer.formats.gguf_export import export_adapter, export_model
     from veneer.formats.gguf_words import tokenizer_fields
     from veneer.formats.ollama import modelfile
@@ -144,12 +145,15 @@ def _ollama(order: Order) -> dict[str, str]:
     text = modelfile(tokenizer, "model.gguf", None if apart is None else "adapter.gguf")
     inside = None if order.apart else order.adapter
     model = store_of(base) if inside is None else Merged(base, inside, untie=order.untie)
-    order.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer_fields(tokenizer, base.config.vocab)
-    export_model(model, order.out / "model.gguf", words, filetype=order.filetype, name=base.name)
-    if apart is not None:
-        export_adapter(apart, base.hf_config, order.out / "adapter.gguf", filetype="f32")
-    (order.out / "Modelfile").write_text(text, "utf-8")
+
+    def write(folder: Path) -> None:
+        export_model(model, folder / "model.gguf", words, filetype=order.filetype, name=base.name)
+        if apart is not None:
+            export_adapter(apart, base.hf_config, folder / "adapter.gguf", filetype="f32")
+        (folder / "Modelfile").write_text(text, "utf-8")
+
+    replace_folder(order.out, frozenset(), write)
     return {"next": f"ollama create {base.name} -f {order.out / 'Modelfile'}"}
 
 

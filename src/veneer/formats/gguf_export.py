@@ -33,6 +33,7 @@ from veneer.types import LowRank
 
 FileType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 ARCH = {family: arch for arch, family in FAMILY.items()} | {"mistral": "llama"}
+BLOCK = 32
 EXACT = ("f32", "f16", "bf16")
 BY_HAND = "merge it and convert the checkpoint with llama.cpp's convert_hf_to_gguf.py"
 
@@ -44,6 +45,8 @@ class Model(Protocol):
     def config(self) -> Mapping[str, Any]: ...
 
     def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -132,9 +135,8 @@ def export_model(
     from gguf import GGUFWriter, LlamaFileType
 
     where = plan(model.config)
-    stored = {n: tuple(model.tensor(n).shape) for n in model.names()}
-    source = canonical(where.config, where.layout, stored, name)
-    types = {n: _type_of(n, model.tensor(source[n]), filetype) for n in source}
+    source = canonical(where.config, where.layout, {n: model.shape(n) for n in model.names()}, name)
+    types = {n: _type_of(where, n, model.shape(source[n]), filetype) for n in source}
     target = Path(path)
     part = target.with_name(f".{target.name}.new")
     writer = GGUFWriter(part, where.arch)
@@ -149,14 +151,16 @@ def export_model(
         for native, values in extra.items():
             writer.add_tensor_info(native, values.shape, values.dtype, values.nbytes)
         for n in source:
-            _announce(writer, where.names[n], _final(model, where, source, n, meta=True), types[n])
+            _announce(
+                writer, where.names[n], _ordered(where, n, torch.empty(model.shape(source[n]), device="meta")), types[n]
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for values in extra.values():
             writer.write_tensor_data(values)
         for n in source:
-            writer.write_tensor_data(_encoded(_final(model, where, source, n), types[n]))
+            writer.write_tensor_data(_encoded(_ordered(where, n, model.tensor(source[n]).float()), types[n]))
         writer.close()
         os.replace(part, target)
     finally:
@@ -166,18 +170,17 @@ def export_model(
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 
-def _final(model: Model, where: Plan, source: Mapping[str, str], name: str, *, meta: bool = False) -> Tensor:
-    tensor = model.tensor(source[name])
-    tensor = tensor.to("meta") if meta else tensor.float()
+def _ordered(where: Plan, name: str, tensor: Tensor) -> Tensor:
     change = where.reorder.get(name)
     return tensor if change is None else change(tensor)
 
 
-def _type_of(name: str, tensor: Tensor, filetype: FileType) -> FileType:
+def _type_of(where: Plan, name: str, shape: tuple[int, ...], filetype: FileType) -> FileType:
     """Vectors and position tables are fp32; rows that are no multiple of a q8_0 block are f16."""
-    if tensor.dim() < 2 or name.endswith("wpe.weight"):
+    if len(shape) < 2 or name == where.layout.tensors.get("positions"):
         return "f32"
-    return "f16" if filetype == "q8_0" and tensor.shape[-1] % 32 else filetype
+    columns = shape[0] if where.reorder.get(name) is transposed else shape[-1]
+    return "f16" if filetype == "q8_0" and columns % BLOCK else filetype
 
 
 def _announce(writer: Any, name: str, tensor: Tensor, filetype: FileType) -> None:
@@ -199,7 +202,19 @@ def _encoded(tensor: Tensor, filetype: FileType) -> Any:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    if filetype == "q8_0":
+        return q8_0(tensor).numpy()
     return quantize(tensor.contiguous().numpy(), GGMLQuantizationType[filetype.upper()])
+
+
+def q8_0(tensor: Tensor) -> Tensor:
+    """Blocks of 32 values: an fp16 scale (largest / 127) and 32 signed bytes, halves away from zero; uint8 `[..., bytes]`."""
+    blocks = tensor.float().reshape(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    scaled = torch.where(scale > 0, blocks / scale, 0.0)
+    codes = torch.trunc(scaled + 0.5 * scaled.sign()).to(torch.int8)
+    packed = torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=1)
+    return packed.reshape(*tensor.shape[:-1], -1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -319,7 +334,7 @@ def export_adapter(
         writer.add_name(name)
         for module, (a, b) in pairs.items():
             stored = where.names[f"{module}.weight"]
-            a, b = _ordered(where, module, a, b)
+            b = b if where.reorder.get(f"{module}.weight") is transposed else _ordered(where, f"{module}.weight", b)
             for suffix, tensor in (("lora_a", a), ("lora_b", b)):
                 _whole(writer, f"{stored}.{suffix}", tensor, filetype)
         writer.write_header_to_file()
@@ -386,11 +401,3 @@ def _one_alpha(
         return 0.0, dict(pairs)
     plain = {t: (a, adapter.part(t).tensors["B"].float()) for t, (a, _) in pairs.items()}
     return alphas.pop(), plain
-
-
-def _ordered(where: Plan, module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """B's rows in llama.cpp's order. GPT-2's matrices are only transposed there, which a product doesn't see."""
-    change = where.reorder.get(f"{module}.weight")
-    if change is None or change is transposed:
-        return a, b
-    return a, change(b)

@@ -122,6 +122,10 @@ class Merged:
     def names(self) -> list[str]:
         return [*self._store.names(), *self.extra]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        edit = self._edits.get(name)
+        return self._store.shape(name if edit is None else edit.source)
+
     def dtype(self, name: str) -> torch.dtype:
         """What the tensor is stored in."""
         edit = self._edits.get(name)

@@ -134,9 +134,7 @@ class _Job:
             found.append(Shard(shard.file, tuple(entries), shard.metadata))
         present = {entry.name for shard in found for entry in shard.entries}
         extra = tuple(
-            Entry(n, self.merged.dtype(n), tuple(self.merged.tensor(n).shape))
-            for n in self.merged.extra
-            if n not in present
+            Entry(n, self.merged.dtype(n), self.merged.shape(n)) for n in self.merged.extra if n not in present
         )
         last = found[-1]
         return (*found[:-1], Shard(last.file, last.entries + extra, last.metadata))

@@ -85,6 +85,9 @@ class Store(ABC):
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored; a view of a mapping where that is possible."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensor(name).shape)
+
     @abstractmethod
     def shards(self) -> tuple[Shard, ...]: ...
 
