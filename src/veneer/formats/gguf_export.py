@@ -61,10 +61,6 @@ class Plan:
     names: Mapping[str, str]
     reorder: Mapping[str, Callable[[Tensor], Tensor]]
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self.layout.hosts(self.config))
-
 
 def plan(raw: Mapping[str, Any]) -> Plan:
     """How a model with this config.json is called and ordered in a .gguf file."""
