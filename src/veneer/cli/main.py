@@ -18,6 +18,7 @@ so `veneer --help` reads fifteen first lines and imports no torch.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import pkgutil
@@ -57,11 +58,20 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(error, error.message, error.help, error.exit_code, debug, as_json)
     except OSError as error:
         where = f": '{error.filename}'" if error.filename else ""
-        return _failed(error, f"{error.strerror or error}{where}", None, 1, debug, as_json)
+        return _failed(error, f"{error.strerror or error}{where}", _next_step(error), 1, debug, as_json)
     except Exception as error:  # the last line of defence: a bug of ours should still end in one readable line
         help = "this is a defect in veneer; the same command with --debug shows where"
         return _failed(error, f"{type(error).__name__}: {error}", help, 1, debug, as_json)
     return 0
+
+
+def _next_step(error: OSError) -> str:
+    """What to do about an error of the system that no part of veneer foresaw."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or choose another disk, then run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check the permissions, or choose a folder you may write to"
+    return "check the path; the same command with --debug shows what was being done"
 
 
 def verbs() -> dict[str, str]:

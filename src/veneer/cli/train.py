@@ -11,6 +11,48 @@ Then:
 
     veneer train tickets.yaml --set train.lr=1e-4
 
+Data paths are relative to the run file, `out` to where the command runs. Every key with its default:
+
+    base:                       # a catalogue name, a folder, a .gguf file or a hub id
+    quantize: null              # nf4, nf4-dq, int8
+    data:
+      train:                    # rows to learn: .jsonl, .json, .csv or .parquet
+      eval: null                # held-out rows of the same task: the best adapter is chosen by them
+      general: null             # text of another kind: what tuning costs elsewhere
+      format: auto              # messages, conversations, alpaca, prompt/completion, text
+      train_on: assistant       # last, all
+    method:
+      kind: lora                # each kind has keys of its own; these are LoRA's
+      rank: 16
+      alpha: 32
+      scaling: alpha/r          # alpha/sqrt(r)
+      targets: all-linear       # names, patterns; `veneer plan --config FILE` shows what they match
+      dropout: 0.0
+      init: default
+    train:
+      epochs: 2.0
+      max_steps: null           # stop after so many optimiser steps
+      lr: 2e-4
+      schedule: linear          # cosine, constant
+      warmup: 0.03              # share of the steps
+      tokens_per_step: 8192
+      tokens_per_pass: auto     # micro-batch in tokens
+      memory: auto              # byte budget of the process
+      max_length: 1024          # longest row in tokens
+      on_too_long: error        # truncate, drop
+      optimizer: adamw
+      lora_plus_ratio: 1.0      # learning rate of B over that of A
+      weight_decay: 0.0
+      clip: 1.0                 # largest gradient norm, or null
+      seed: 0
+      eval_every: 50            # optimiser steps
+      save_every: 50
+      patience: null            # stop after so many evaluations without a better one
+      dtype: auto               # float32, bfloat16
+      recompute: auto           # none, all
+      tensorboard: false
+    out:                        # the run directory
+
 A list under `runs` trains several adapters over one base in memory, taking turns. Ctrl+C saves a
 checkpoint after the current step; --resume goes on from it, bit for bit.
 """
@@ -54,6 +96,8 @@ def command(
             say(f"{one.out}: {one.reason}")
         else:
             say(f"{one.reason}: the adapter is in {one.out / 'adapter'}, the report in {one.out / 'report.md'}")
+    if any(one.reason == "stopped" for one in ended):
+        note("help: the same command with --resume goes on from here, bit for bit")
     if any(one.reason != "done" and one.reason != "patience" for one in ended):
         raise typer.Exit(1)
 
@@ -68,11 +112,14 @@ class Ended:
 
 def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
     """Train what a run file says, with a progress bar on standard error for each run."""
+    from veneer.data import file_digest
     from veneer.models.load import load_base
     from veneer.train import Failed, Finished, Preflight, read_task, run_many
     from veneer.train.report import write_report
 
     first = runs[0].config
+    for path in dict.fromkeys(path for r in runs for path in r.config.data.files()):
+        file_digest(path)  # what is missing is said before a base is fetched
     base = load_base(first.base, dtype=first.train.dtype, quantize=first.quantize)
     tasks = {str(r.config.out): (read_task(base, r), r.config.out) for r in runs}
     reasons: dict[str, str] = {}
@@ -168,6 +215,7 @@ class Show:
                 held_out="-",
                 rate=0.0,
                 memory="",
+                visible=False,
             )
             for n in names
         }
@@ -183,6 +231,7 @@ class Show:
                 loss=event.loss,
                 rate=event.tokens_per_second,
                 memory=bytes_text(event.peak_bytes),
+                visible=True,
             )
         elif isinstance(event, Evaluation) and event.eval_loss is not None:
             self.bar.update(self.ids[name], held_out=f"{event.eval_loss:.3f}")

@@ -139,7 +139,8 @@ def _rank_problems(spec: Any, hosts: Mapping[str, HostShape], chosen: Mapping[st
         rank = spec.rank_at(path)
         limit = min(hosts[path].in_features, hosts[path].out_features)
         if rank is not None and rank > limit:
-            problems.append(f"rank {rank} at {path} is above the layer's {limit} (min of {hosts[path]})")
+            size = f"{hosts[path].in_features} in, {hosts[path].out_features} out"
+            problems.append(f"rank {rank} at {path} is above the layer's {limit} ({size})")
     return problems
 
 

@@ -56,13 +56,17 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(
                 f"the chat template refuses this conversation: {error}",
-                help=f"its messages have the roles {', '.join(str(m.get('role')) for m in messages)}",
+                help=f"give it turns that the template knows (these are {_roles(messages)}), or change chat_template.jinja",
             ) from error
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DataError(
                 f"the chat template failed on this conversation: {type(error).__name__}: {error}",
                 help="does every message have a role, and a content that is text?",
             ) from error
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(str(message.get("role")) for message in messages)
 
 
 @lru_cache(maxsize=16)

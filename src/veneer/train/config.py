@@ -18,6 +18,8 @@ from veneer.methods import METHODS, Method, load_all, parse
 from veneer.registry import did_you_mean
 
 Auto = Literal["auto"]
+YAML_HELP = "close brackets and quotes, and indent with spaces; quote a text that has a colon in it"
+KEYS_HELP = "`veneer train --help` shows every key"
 
 
 class Section(BaseModel):
@@ -32,6 +34,10 @@ class DataConfig(Section):
     general: Path | None = Field(None, description="held-out general text: what tuning costs elsewhere")
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt/completion", "text"] = "auto"
     train_on: Literal["assistant", "last", "all"] = Field("assistant", description="whose tokens are labels")
+
+    def files(self) -> tuple[Path, ...]:
+        """Every data file that is named."""
+        return tuple(path for path in (self.train, self.eval, self.general) if path is not None)
 
 
 class TrainConfig(Section):
@@ -118,9 +124,7 @@ def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> R
         except ConfigError as error:
             problems.append(error.message)
     if problems or checked is None:
-        raise ConfigError(
-            f"{where} is not a valid run:\n{listed(problems)}", help="`veneer train --help` shows every key"
-        )
+        raise ConfigError(f"{where} is not a valid run:\n{listed(problems)}", help=KEYS_HELP)
     return checked
 
 
@@ -129,7 +133,7 @@ def method_from(fields: Mapping[str, Any]) -> Method:
     load_all()
     rest = {k: _as_number(v) for k, v in fields.items()}
     kind = rest.setdefault("kind", "lora")
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise ConfigError(f"method.kind: no method is called '{kind}'; {did_you_mean(str(kind), list(METHODS))}")
     try:
         return parse(rest)
@@ -147,6 +151,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             found.append(f"{path}: unknown key; {did_you_mean(str(item['loc'][-1]), known)}")
         elif item["type"] == "missing":
             found.append(f"{path}: missing")
+        elif item["type"] in ("model_type", "dict_type"):
+            found.append(f"{path}: expected a section of keys and values, got {item['input']!r}")
         else:
             found.append(f"{path}: {item['msg'].lower()}, got {item['input']!r}")
     return found
@@ -170,24 +176,37 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"there is no run file at {path}", help="write one; `veneer train --help` shows an example"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        raise ConfigError(f"{path} cannot be read: {reason}", help="give a run file, a text file in YAML") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{_place(path, error)} is not YAML: {_reason(error)}", help=YAML_HELP) from error
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path} must be a mapping of keys to values, not {type(values).__name__}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{path} holds {found}, expected keys and values", help=KEYS_HELP)
     origins: dict[str, str] = {}
     _collect_origins(node, "", path.name, origins)
     return values, origins
+
+
+def _place(path: Path, error: yaml.YAMLError) -> str:
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    return f"{path}:{mark.line + 1}" if mark is not None else str(path)
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else str(error).replace("\n", " ")
 
 
 def _collect_origins(node: yaml.MappingNode, prefix: str, file: str, origins: dict[str, str]) -> None:
     seen: set[str] = set()
     for key, value in node.value:
         if key.value in seen:
-            raise ConfigError(f"{file}:{key.start_mark.line + 1}: '{prefix}{key.value}' is given twice")
+            raise ConfigError(
+                f"{file}:{key.start_mark.line + 1}: '{prefix}{key.value}' is given twice", help="keep one of the two"
+            )
         seen.add(key.value)
         if isinstance(value, yaml.MappingNode):
             _collect_origins(value, f"{prefix}{key.value}.", file, origins)
@@ -205,8 +224,11 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[str, str
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: '{parent}' is a value, not a section")
-    section[name] = _as_number(yaml.safe_load(text))
+            raise ConfigError(f"--set {override}: '{parent}' is a value, not a section", help=KEYS_HELP)
+    try:
+        section[name] = _as_number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {_reason(error)}", help=YAML_HELP) from error
     origins[path] = "--set"
 
 

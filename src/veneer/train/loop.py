@@ -7,7 +7,6 @@ micro-batches, so 1x8, 2x4 and 8x1 are the same step.
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from veneer.errors import TrainingError, listed
 from veneer.models.bank import Bank, Dropout, spans_of
 from veneer.models.base import Base
 from veneer.models.project import spans_at
-from veneer.train.checkpoint import Cursor
+from veneer.train.checkpoint import Cursor, write_json
 from veneer.train.config import TrainConfig
 from veneer.train.events import Evaluation, Event, Finished, Saved, Step
 from veneer.train.optim import FlatParameters, rate_at, set_rate
@@ -75,6 +74,9 @@ def fit(
     """
     total = len(run.schedule)
     cursor, config = run.cursor, run.config
+    if config.patience is not None and cursor.stale >= config.patience:
+        yield Finished(cursor.step, "patience")
+        return
     while cursor.step < total:
         if should_stop():
             save(run, False)
@@ -197,7 +199,7 @@ def _not_finite(run: Run, loss: float, norm: float, dump: Path | None) -> Traini
             "largest_parameter": {n: float(b.detach().abs().max()) for n, b in run.parameters.buffers.items()},
         }
         path = dump / "not-finite.json"
-        path.write_text(json.dumps(evidence, indent=2) + "\n")
+        write_json(path, evidence)
         where = f"; rows and parameter sizes are in {path}"
     return TrainingError(
         f"step {step + 1}: loss is {loss}, gradient norm {norm}{where}",

@@ -36,7 +36,9 @@ def read_runs(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     if entries is None:
         entries = [{}]
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise ConfigError(f"{path}: runs must be a list of sections, one for each run")
+        raise ConfigError(
+            f"{path}: runs must be a list of sections, one for each run", help="as runs: [{out: runs/a}, {out: runs/b}]"
+        )
     resolved = []
     for number, entry in enumerate(entries):
         merged = _laid_over(values, entry)

@@ -55,7 +55,7 @@ def fit_memory(base: Base, spec: Method, config: TrainConfig, dataset: Dataset) 
     assert smallest is not None
     raise ResourceError(
         f"this run needs {smallest.estimate.total / 1e9:.2f} GB at the least ({smallest.tokens_per_pass} tokens per pass, "
-        f"{smallest.recompute} blocks recomputed), the budget is {budget / 1e9:.2f} GB",
+        f"{smallest.recompute} blocks recomputed), the budget is {budget / 1e9:.2f} GB ({budget:,} bytes)",
         help="lower train.max_length, train.tokens_per_pass or method.rank, quantize the base, or raise train.memory",
     )
 

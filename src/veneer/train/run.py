@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -70,6 +71,7 @@ def run_task(
 ) -> Iterator[Event]:
     """Train `task` on `base` into `folder`, yielding events. The adapter is then in `folder/adapter`."""
     with locked(folder):
+        _sweep(folder)
         yield from _run_locked(base, task, folder, resume, should_stop)
 
 
@@ -156,10 +158,7 @@ class _Writer:
         if self.task.resolved is not None:
             write_bytes(self.folder / "config.yaml", self.task.resolved.to_yaml().encode())
         write_json(self.folder / "provenance.json", self._provenance(ready))
-        kept = []
-        if self.metrics.exists() and run.cursor.step:
-            lines = self.metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= run.cursor.step]
+        kept = _lines_up_to(self.metrics, run.cursor.step)
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def evaluate(self, run: Run) -> tuple[float | None, float | None]:
@@ -231,6 +230,29 @@ class _Writer:
             },
             "fingerprint": fingerprint(self.base, self.task),
         }
+
+
+def _lines_up_to(metrics: Path, step: int) -> list[str]:
+    """The lines of the first `step` steps. A kill or a full disk may have left the last line torn."""
+    kept: list[str] = []
+    for line in metrics.read_text("utf-8").splitlines() if metrics.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            break
+    return kept
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what a killed run was about to put in place. Call it with the folder locked."""
+    parts = [*folder.glob("checkpoint/.*.part")]
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.md"):
+        parts += folder.glob(f".{name}.*.part")
+    for name in ("adapter", "last"):
+        parts += [*folder.glob(f".{name}.new-*"), *folder.glob(f".{name}.old-*")]
+    for part in parts:
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 @contextmanager
