@@ -19,9 +19,9 @@ from veneer.ops.frozen import product
 from veneer.ops.native import rows
 
 CHUNK = 1024
-"""Rows whose logits exist at one time, at most."""
-LOGITS = 1 << 26
-"""Logits that exist at one time, at most, for very large vocabularies."""
+"""Rows whose logits exist at one time, at most (half as many in fp32)."""
+BYTES = 1 << 27
+"""Bytes of logits that exist at one time, at most, unless that would be fewer than 64 rows."""
 
 
 class Head(NamedTuple):
@@ -32,7 +32,16 @@ class Head(NamedTuple):
     softcap: float | None
 
     def chunk(self, asked: int | None) -> int:
-        return asked or min(CHUNK, max(64, LOGITS // len(self.weight)))
+        return asked or chunk_rows(len(self.weight), self.weight.element_size())
+
+
+def chunk_rows(vocab: int, itemsize: int) -> int:
+    """Rows whose logits exist at one time, for a head of that vocabulary and bytes a weight.
+
+    >>> chunk_rows(49_152, 2), chunk_rows(49_152, 4), chunk_rows(262_144, 2)
+    (1024, 512, 256)
+    """
+    return min(2 * CHUNK // itemsize, max(64, BYTES // (itemsize * vocab)))
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
@@ -122,13 +131,13 @@ def _nll(hidden: Tensor, head: Head, labels: Tensor, factors: Tensor | None) -> 
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if head.softcap is not None:
         scores = head.softcap * torch.tanh(scores / head.softcap)
-    ours = scores.gather(1, labels[:, None])
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    nll = (lse - ours).squeeze(1)
+    bend = None if head.softcap is None or factors is None else 1 - (scores / head.softcap).square_()
+    ours, top = scores.gather(1, labels[:, None]), scores.amax(dim=-1, keepdim=True)
+    total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    nll = (total.log() + top - ours).squeeze(1)
     if factors is None:
         return nll, None
-    bend = None if head.softcap is None else 1 - (scores / head.softcap).square_()
-    slope = scores.sub_(lse).exp_().scatter_add_(1, labels[:, None], torch.full_like(ours, -1)).mul_(factors[:, None])
+    slope = scores.mul_(factors[:, None] / total).scatter_add_(1, labels[:, None], -factors[:, None])
     return nll, (slope if bend is None else slope.mul_(bend)).to(hidden.dtype)
 
 
