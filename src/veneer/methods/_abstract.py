@@ -25,7 +25,7 @@ from veneer.adapter import Adapter, HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.registry import Registry
-from veneer.types import BaseShape, Factors, HostShape, Lowered, Primitive, Site
+from veneer.types import BaseShape, Factors, HostShape, Lowered, Override, Primitive, Site
 
 METHODS: Registry[type[Method]] = Registry("method")
 
@@ -102,6 +102,17 @@ class Method(BaseModel, ABC):
         assert part.target is not None
         primitives = lowered.weights.get(part.target, ()) + self.lower(part, source.host(part.target))
         return replace(lowered, weights={**lowered.weights, part.target: primitives})
+
+    @staticmethod
+    def replacing(lowered: Lowered, overrides: Mapping[str, Override]) -> Lowered:
+        """`lowered` with more replaced tensors. One tensor has one replacement: a second would hide the first."""
+        twice = sorted(set(overrides) & set(lowered.overrides))
+        if twice:
+            raise Unsupported(
+                f"two parts of this adapter replace {', '.join(twice)}",
+                help="train the whole tensor (modules_to_save) or some rows of it (trainable_tokens), not both",
+            )
+        return replace(lowered, overrides={**lowered.overrides, **overrides})
 
     def places(self, shape: BaseShape) -> tuple[str, ...] | None:
         """Where its parts go, for methods that know; None where the field `targets` selects. "" is the whole model."""

@@ -83,13 +83,15 @@ class LowRankMethod(Method):
         return self.model_copy(update={"alpha": self.alpha * factor, "alpha_pattern": patterns})
 
     def companions(self, shape: BaseShape, targets: Sequence[str]) -> tuple[tuple[dict[str, Any], str], ...]:
-        found: list[tuple[dict[str, Any], str]] = []
+        whole: list[str] = []
         for name in self.modules_to_save:
             matches = [path for path in shape.hosts if path == name or path.endswith(f".{name}")]
-            found += [({"kind": "full", "targets": (path,)}, path) for path in matches or [name]]
+            whole += [path for path in matches or [name] if path not in whole]
+        found: list[tuple[dict[str, Any], str]] = [({"kind": "full", "targets": (path,)}, path) for path in whole]
         if self.bias != "none":
             biased = targets if self.bias == "lora_only" else tuple(shape.hosts)
-            found += [({"kind": "full", "only": "bias"}, path) for path in biased if shape.hosts[path].has_bias]
+            biased = tuple(path for path in biased if shape.hosts[path].has_bias and path not in whole)
+            found += [({"kind": "full", "only": "bias"}, path) for path in biased]
         if self.trainable_tokens:
             found.append(({"kind": "token_rows", "tokens": self.trainable_tokens}, embedding_path(shape)))
         return tuple(found)

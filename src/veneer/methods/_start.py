@@ -92,6 +92,8 @@ def start_parts(
     wanted: list[tuple[Method, str, Host]] = [(method, t, host_at(method.site, t, base)) for t in targets]
     wanted += [(m, t, host_at(m.site, t, base)) for m, t in companions]
     refusals = [f"{t or m.kind}: {why}" for m, t, h in wanted if (why := m.refusal(t, h.shape)) is not None]
+    replaced = [t for m, t, _ in wanted if m.site == "override"]
+    refusals += [f"{t}: two parts would replace it" for t in dict.fromkeys(replaced) if replaced.count(t) > 1]
     if refusals:
         raise TargetError(f"{method.kind} cannot go everywhere it was asked to:\n{listed(refusals)}")
     seed = int(torch.randint(2**62, (), generator=generator))

@@ -9,7 +9,6 @@ embedding), so files hold what other tools expect to find.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -66,7 +65,7 @@ class Full(Method):
 
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
         overrides = {f"{part.target}.{name}": Override(value) for name, value in part.tensors.items()}
-        return replace(lowered, overrides={**lowered.overrides, **overrides})
+        return self.replacing(lowered, overrides)
 
     def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
         weight = part.tensors.get("weight")

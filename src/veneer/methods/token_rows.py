@@ -6,7 +6,6 @@ both, because the table is one tensor.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
@@ -71,8 +70,9 @@ class TokenRows(Method):
         return (Override(part.tensors["rows"], part.tensors["tokens"]),)
 
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
-        rows = Override(part.tensors["rows"], part.tensors["tokens"])
-        return replace(lowered, overrides={**lowered.overrides, f"{part.target}.weight": rows})
+        return self.replacing(
+            lowered, {f"{part.target}.weight": Override(part.tensors["rows"], part.tensors["tokens"])}
+        )
 
     def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
         table = host.weight().t().float().index_copy(0, part.tensors["tokens"], part.tensors["rows"].float())

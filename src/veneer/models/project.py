@@ -7,6 +7,7 @@ own input; span by span, where an adapter replaces the weight itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from veneer.models.config import PartSpec
 from veneer.models.group import Group
 from veneer.ops.gated import activate
 from veneer.ops.low_rank import Pack, adapted_linear
-from veneer.types import Bottleneck, Span, Sublayer
+from veneer.types import Bottleneck, Override, Span, Sublayer
 
 
 def project(group: Group, x: Tensor, spans: Sequence[Span], bank: Bank, shared: str | None = None) -> Tensor:
@@ -107,32 +108,42 @@ def _part_by_part(group: Group, x: Tensor, spans: Sequence[Span], bank: Bank, sh
 
 
 def _span_of_part(part: PartSpec, single: Group, x: Tensor, span: Span, bank: Bank, shared: str | None) -> Tensor:
-    """Rows of one span through one part, with the weight or bias that the span's adapter brings."""
+    """Rows of one span through one part, with the weight or bias that the span's adapter brings.
+
+    A replaced bias is added last, outside the fused product: that one has no gradient for the base's bias.
+    """
     rows = x[span.start : span.stop]
     own = bank.overrides[span.index] if span.index >= 0 else {}
     weight = own.get(f"{part.path}.weight") or (own.get(shared) if shared else None)
     bias = own.get(f"{part.path}.bias")
-    replaced = single.bias if bias is None else bias.value.to(x.dtype)
-    if weight is not None and weight.rows is None:
-        y = F.linear(rows, weight.value.to(x.dtype), replaced)
-        for pack in _packs_at(bank, single.name, span.index):
-            if pack.A is None or pack.in_scale is not None or pack.out_scale is not None:
+    packs = _packs_at(bank, single.name, span.index)
+    if bias is not None and any(pack.bias is not None for pack in packs):
+        raise Unsupported(
+            f"the bias of '{part.path}' is replaced and changed by one adapter", help="leave one of them out"
+        )
+    if weight is not None:
+        total = single.bias if bias is None else bias.value
+        y = _replaced_weight(weight, single, rows)
+        for pack in packs:
+            if any(t is not None for t in (pack.in_scale, pack.out_scale, pack.bias)):
                 raise Unsupported(
                     f"'{part.path}' is replaced and scaled by one adapter; only a low-rank update can follow"
                 )
-            y = y + _low_rank(pack, rows, part.stop - part.start)
-        return y
-    whole = Bank(
-        size=1,
-        groups={single.name: Packed(_packs_at(bank, single.name, span.index), (0,))},
-        dropout=bank.dropout,
-    )
-    packs = whole.groups[single.name].packs
+            y = y + _low_rank(pack, _dropped(rows, bank), single.out_features)
+        return y if total is None else y + total.to(x.dtype)
+    alone = Bank(size=1, groups={single.name: Packed(packs, (0,))}, dropout=bank.dropout)
     local = (Span(0, rows.shape[0], 0 if packs else -1),)
-    y = _fused(Group(single.name, single.frozen, replaced, single.parts), rows, local, whole)
-    if weight is not None and weight.rows is not None:
-        y = y.index_copy(1, weight.rows, rows @ weight.value.to(x.dtype).t())
-    return y
+    if bias is None:
+        return _fused(single, rows, local, alone)
+    return _fused(replace(single, bias=None), rows, local, alone) + bias.value.to(x.dtype)
+
+
+def _replaced_weight(weight: Override, single: Group, x: Tensor) -> Tensor:
+    """x W^T with the whole weight replaced, or the rows that `weight.rows` names."""
+    own = x @ weight.value.to(x.dtype).t()
+    if weight.rows is None:
+        return own
+    return adapted_linear(x, single.frozen, None, (), (Span(0, x.shape[0], -1),)).index_copy(1, weight.rows, own)
 
 
 def _packs_at(bank: Bank, name: str, adapter: int) -> tuple[Pack, ...]:
@@ -147,22 +158,31 @@ def _with_dropout(group: Group, x: Tensor, packs: Sequence[Pack], spans: Sequenc
     assert bank.dropout is not None
     if any(p.out_scale is not None or p.in_scale is not None for p in packs):
         raise Unsupported("dropout is for low-rank updates; this adapter also scales", help="set dropout: 0")
-    keep = 1.0 - bank.dropout.rate
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(keep, generator=bank.dropout.generator)
-    dropped = x * (mask / keep)
+    dropped = _dropped(x, bank)
     outputs = []
     for span in spans:
         rows, index = x[span.start : span.stop], span.index
-        bias = packs[index].bias if index >= 0 and packs[index].bias is not None else group.bias
-        y = adapted_linear(rows, group.frozen, bias, (), (Span(0, rows.shape[0], -1),))
-        if index >= 0 and packs[index].A is not None:
+        plain = Pack(bias=packs[index].bias) if index >= 0 else Pack()
+        y = adapted_linear(rows, group.frozen, group.bias, (plain,), (Span(0, rows.shape[0], 0),))
+        if index >= 0:
             y = y + _low_rank(packs[index], dropped[span.start : span.stop], group.out_features)
         outputs.append(y)
     return torch.cat(outputs)
 
 
+def _dropped(x: Tensor, bank: Bank) -> Tensor:
+    """x with the bank's dropout on it; x itself without."""
+    if bank.dropout is None:
+        return x
+    keep = 1.0 - bank.dropout.rate
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(keep, generator=bank.dropout.generator)
+    return x * (mask / keep)
+
+
 def _low_rank(pack: Pack, x: Tensor, out_features: int) -> Tensor:
-    assert pack.A is not None
+    """The pack's low-rank update alone, `[n, out_features]`; 0 without one."""
+    if pack.A is None:
+        return x.new_zeros(x.shape[0], out_features)
     shrunk = x @ pack.A.to(x.dtype).t()
     y = torch.zeros(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     rank = 0
