@@ -7,7 +7,6 @@ prompt need not be read.
 
 from __future__ import annotations
 
-
 from veneer.engine.answer import Answer
 from veneer.engine.arena import Arena, capacity, whole_capacity
 from veneer.engine.kvcache import BLOCK, Chain, KVBook

@@ -22,6 +22,7 @@ from veneer.models.bank import Bank, Packed, compose
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.group import Group
+from veneer.ops.native.mixed import columns_together
 from veneer.ops.pack import Pack, Packs
 from veneer.types import Bias, InScale, Lowered, LowRank, OutScale, Primitive
 
@@ -57,7 +58,9 @@ def prepare(parts: Sequence[tuple[Adapter, float]], base: Base) -> Resident:
         _check_shapes(lowered, base)
         _check_prefix(lowered, decoder)
         bank = Bank.of([lowered], decoder.groups, decoder.layout.embed_path)
-        bank = bank.map_tensors(lambda tensor: tensor.detach().to(decoder.device, decoder.dtype).contiguous())
+        bank = _expanding_by_rank(
+            bank.map_tensors(lambda tensor: tensor.detach().to(decoder.device, decoder.dtype).contiguous())
+        )
     digest = "+".join(a.digest if f == 1.0 else f"{a.digest}*{f:g}" for a, f in parts)
     return Resident(bank, digest, lowered.invocation, sum(t.nbytes for t in _tensors(bank)))
 
@@ -148,6 +151,15 @@ def _check_prefix(lowered: Lowered, decoder: Decoder) -> None:
         )
 
 
+def _expanding_by_rank(bank: Bank) -> Bank:
+    """The same bank with every B stored rank by rank, which is how the kernel for decoding reads it."""
+    groups = {}
+    for name, packed in bank.groups.items():
+        packs = Packs(replace(pack, B=tuple(columns_together(b) for b in pack.B)) for pack in packed.packs)
+        groups[name] = replace(packed, packs=packs)
+    return replace(bank, groups=groups)
+
+
 def join(residents: Sequence[Resident], groups: Mapping[str, Group]) -> Bank:
     """The bank of a step: entry i is `residents[i]`."""
     banks = [resident.bank for resident in residents]
@@ -169,6 +181,7 @@ def join(residents: Sequence[Resident], groups: Mapping[str, Group]) -> Bank:
         kv=tuple(kv for bank in banks for kv in bank.kv),
         overrides=tuple(o for bank in banks for o in bank.overrides),
         embedding=tuple(e for bank in banks for e in bank.embedding),
+        invocations=tuple(i for bank in banks for i in bank.invocations),
     )
 
 

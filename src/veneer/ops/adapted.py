@@ -39,12 +39,12 @@ class Adapted(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         cast = _cast(packs, source.dtype)
-        x = _scaled(prologue.value(source), cast, rows)
+        x = scaled(prologue.value(source), cast, rows)
         y = frozen.apply(x)
-        shrunk = [_add_low_rank(y[part], x[part], cast[i]) for part, i in rows]
+        shrunk = [add_low_rank(y[part], x[part], cast[i]) for part, i in rows]
         wants_scale = any(ctx.needs_input_grad[6:]) and any(True for _ in _vectors("out_scale", cast, rows))
         unscaled = y.clone() if wants_scale and not _invertible(bias, cast, rows) else None
-        _finish(y, bias, cast, rows)
+        finish(y, bias, cast, rows)
         wants_x = any(t is not None for pack in packs for t in (pack.A, pack.in_scale))
         kept = unscaled if unscaled is not None else y if wants_scale else None
         ctx.save_for_backward(source if wants_x or prologue.keeps else None, kept, *shrunk)
@@ -62,7 +62,7 @@ class Adapted(torch.autograd.Function):
         dy = grads.finish(dy, kept, cast, rows, divide=ctx.divide)
         dx = frozen.apply_transposed(dy) if wants_source or grads.wants("in_scale") else None
         plain = prologue.value(source) if grads.wants("A") or grads.wants("in_scale") else None
-        x = None if plain is None else _scaled(plain, cast, rows)
+        x = None if plain is None else scaled(plain, cast, rows)
         for (part, i), h in zip(rows, shrunk, strict=True):
             if h is not None:
                 grads.low_rank(
@@ -78,11 +78,11 @@ class Adapted(torch.autograd.Function):
 def infer(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: list[Pack], rows: Rows) -> Tensor:
     """The forward pass alone."""
     cast = _cast(packs, x.dtype)
-    x = _scaled(x, cast, rows)
+    x = scaled(x, cast, rows)
     y = frozen.apply(x)
     for part, i in rows:
-        _add_low_rank(y[part], x[part], cast[i])
-    _finish(y, bias, cast, rows)
+        add_low_rank(y[part], x[part], cast[i])
+    finish(y, bias, cast, rows)
     return y
 
 
@@ -100,7 +100,7 @@ def _vectors(name: str, packs: list[Pack], rows: Rows) -> Iterator[tuple[slice, 
             yield part, i, vector
 
 
-def _scaled(x: Tensor, packs: list[Pack], rows: Rows) -> Tensor:
+def scaled(x: Tensor, packs: list[Pack], rows: Rows) -> Tensor:
     """x with the in_scales on: x itself where there are none, else a copy."""
     found = x
     for part, _, vector in _vectors("in_scale", packs, rows):
@@ -109,7 +109,7 @@ def _scaled(x: Tensor, packs: list[Pack], rows: Rows) -> Tensor:
     return found
 
 
-def _add_low_rank(y: Tensor, x: Tensor, pack: Pack) -> Tensor | None:
+def add_low_rank(y: Tensor, x: Tensor, pack: Pack) -> Tensor | None:
     """y += (x A^T) B^T in place, each part on its own columns; returns x A^T."""
     if pack.A is None:
         return None
@@ -129,7 +129,7 @@ def _invertible(bias: Tensor | None, packs: list[Pack], rows: Rows) -> bool:
     return not biased and all(bool(vector.all()) for _, _, vector in _vectors("out_scale", packs, rows))
 
 
-def _finish(y: Tensor, bias: Tensor | None, packs: list[Pack], rows: Rows) -> None:
+def finish(y: Tensor, bias: Tensor | None, packs: list[Pack], rows: Rows) -> None:
     """y = y * out_scale + bias, in place. Rows without a bias of their own get the base's."""
     for part, _, vector in _vectors("out_scale", packs, rows):
         y[part] *= vector

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from veneer.ops.adapted import Adapted, infer
 from veneer.ops.frozen import DenseFrozen, Frozen, product
+from veneer.ops.mixed import plan
 from veneer.ops.native import few
 from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
@@ -112,6 +113,11 @@ def _run(
     packs: Sequence[Pack],
     spans: Sequence[Span],
 ) -> Tensor:
+    if not torch.is_grad_enabled() and isinstance(packs, Packs):
+        planned = packs.remembered(tuple(spans), source.dtype, plan)
+        found = None if planned is None else planned.run(prologue.value(source), frozen, bias)
+        if found is not None:
+            return found
     used = sorted({span.index for span in spans if span.index >= 0})
     ours = [packs[i] for i in used]
     rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]

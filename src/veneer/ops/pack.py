@@ -8,13 +8,17 @@ gathers on GPUs; on a CPU the wasted products are cheaper than the gathers, as e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from veneer.types import Span
+
+P = TypeVar("P")
+Planner: TypeAlias = Callable[[Sequence["Pack"], Sequence[Span], torch.dtype], P | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,14 @@ class Packs(tuple[Pack, ...]):
     """
 
     _last: tuple[tuple[int, ...], torch.dtype, Stacked] | None = None
+    _plan: tuple[tuple[Span, ...], torch.dtype, Any] | None = None
+
+    def remembered(self, spans: tuple[Span, ...], dtype: torch.dtype, make: Planner[P]) -> P | None:
+        """What `make` gave for these spans the last time they were asked for."""
+        if self._plan is None or self._plan[0] != spans or self._plan[1] != dtype:
+            self._plan = (spans, dtype, make(self, spans, dtype))
+        found: P | None = self._plan[2]
+        return found
 
     def stacked(self, used: tuple[int, ...], dtype: torch.dtype, in_features: int, out_features: int) -> Stacked:
         if self._last is None or self._last[:2] != (used, dtype):
