@@ -10,6 +10,8 @@ from torch import Tensor
 
 from veneer.adapter import Adapter, Part
 from veneer.errors import ConfigError, ResourceError
+from veneer.methods.dora import DoRA
+from veneer.methods.full import Full
 from veneer.methods.ia3 import IA3
 from veneer.methods.lora import LoRA
 from veneer.train import optimizers
@@ -109,3 +111,22 @@ def test_lora_fa_without_factors_is_refused() -> None:
 def test_an_unknown_optimiser_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'adamw'"):
         OPTIMIZERS["adamww"]
+
+
+def test_lora_plus_speeds_up_b_and_nothing_beside_it() -> None:
+    parts = (
+        Part("dora", "weight", "a", {"A": torch.ones(2, 3), "B": torch.ones(3, 2), "magnitude": torch.ones(3)}),
+        Part("full", "override", "b", {"weight": torch.ones(3, 3)}),
+    )
+    flat = FlatParameters(Adapter(DoRA(rank=2), parts), torch.device("cpu"))
+    assert {name: buffer.numel() for name, buffer in flat.buffers.items()} == {"A": 6, "B": 9, "rest": 9}
+    optimizer = OPTIMIZERS["adamw"](flat, TrainConfig(lora_plus_ratio=16.0), None)
+    set_rate(optimizer, 1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 16e-3, 1e-3]
+
+
+def test_lora_plus_without_factors_is_refused() -> None:
+    part = Part("full", "override", "a", {"weight": torch.ones(2, 2)})
+    flat = FlatParameters(Adapter(Full(), (part,)), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="lora_plus_ratio"):
+        OPTIMIZERS["adamw"](flat, TrainConfig(lora_plus_ratio=16.0), None)

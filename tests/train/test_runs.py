@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from tests import tinylm
 
 from veneer.adapter import Adapter
-from veneer.errors import Conflict, ResourceError, TrainingError, VeneerError
+from veneer.errors import ConfigError, Conflict, ResourceError, TrainingError, VeneerError
+from veneer.evaluate import RowLosses
+from veneer.methods import Method
+from veneer.methods.bottleneck import Bottleneck
 from veneer.methods.lora import LoRA
+from veneer.methods.vera import VeRA
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.train import Finished, Preflight, Step, train
+from veneer.train import Finished, Preflight, Saved, Step, train
 from veneer.train.api import read_task
 from veneer.train.config import Resolved, RunConfig
 from veneer.train.run import run_task
@@ -48,6 +53,13 @@ def base(files: Path) -> Base:
 
 def run(base: Base, files: Path, out: Path, method: Any = None, resume: bool = False, **settings: Any) -> list[Any]:
     """The events of one run."""
+    return list(running(base, files, out, method, resume, **settings))
+
+
+def running(
+    base: Base, files: Path, out: Path, method: Any = None, resume: bool = False, **settings: Any
+) -> Iterator[Any]:
+    """The same as they come."""
     spec = method or LoRA(rank=4, alpha=8)
     config = RunConfig(
         base=base.name,
@@ -57,7 +69,7 @@ def run(base: Base, files: Path, out: Path, method: Any = None, resume: bool = F
         out=out,
     )
     task = read_task(base, Resolved(config, {}))
-    return list(run_task(base, task, out, resume=resume))
+    return run_task(base, task, out, resume=resume)
 
 
 def losses(events: list[Any]) -> list[float]:
@@ -210,3 +222,46 @@ def test_the_base_never_changes(base: Base, files: Path, tmp_path: Path) -> None
     before = {name: tensor.clone() for name, tensor in base.decoder.tensors.items()}
     run(base, files, tmp_path / "run", max_steps=3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.decoder.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2, targets=("embed_tokens", "q_proj")), Bottleneck(size=4), VeRA(rank=4, dropout=0.5)]
+)
+def test_methods_that_are_not_a_plain_update_of_linear_layers_run_and_save(
+    base: Base, files: Path, tmp_path: Path, method: Method
+) -> None:
+    events = run(base, files, tmp_path / "run", method, epochs=1)
+    assert isinstance(events[-1], Finished) and Adapter.load(tmp_path / "run/adapter").spec.kind == method.kind
+
+
+def test_dropout_acts_wherever_a_method_has_it(base: Base, files: Path, tmp_path: Path) -> None:
+    one = run(base, files, tmp_path / "a", VeRA(rank=4), epochs=1)
+    other = run(base, files, tmp_path / "b", VeRA(rank=4, dropout=0.5), epochs=1)
+    assert losses(one)[0] == losses(other)[0] and losses(one)[1:] != losses(other)[1:]
+    with pytest.raises(ConfigError, match="recompute: all"):
+        run(base, files, tmp_path / "c", LoRA(rank=2, dropout=0.1), recompute="all")
+
+
+def test_a_run_goes_on_only_over_the_same_quantisation(base: Base, files: Path, tmp_path: Path) -> None:
+    run(base, files, tmp_path / "run", max_steps=2)
+    quantized = load_base(str(files / "base"), dtype="float32", quantize="int8")
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        run(quantized, files, tmp_path / "run", resume=True, max_steps=2)
+
+
+def test_every_step_of_a_checkpoint_is_in_the_metrics(base: Base, files: Path, tmp_path: Path) -> None:
+    for event in running(base, files, tmp_path / "run", eval_every=100, save_every=2):
+        if isinstance(event, Saved):
+            break
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(
+    base: Base, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = RowLosses(torch.tensor([float("nan")]), torch.ones(1))
+    monkeypatch.setattr(importlib.import_module("veneer.train.run"), "row_losses", lambda *args: bad)
+    with pytest.raises(TrainingError, match="evaluation after step 3 is not finite"):
+        run(base, files, tmp_path / "run")
+    assert not (tmp_path / "run/adapter").exists()

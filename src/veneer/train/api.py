@@ -44,6 +44,7 @@ def train(
     spec = method or LoRA()
     values = {
         "base": base.name,
+        "quantize": base.quantize,
         "data": {"train": str(data), "format": format}
         | {k: str(v) for k, v in (("eval", eval), ("general", general)) if v is not None},
         "method": {"kind": spec.kind} | spec.model_dump(mode="json"),

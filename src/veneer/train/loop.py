@@ -7,6 +7,7 @@ micro-batches, so 1x8, 2x4 and 8x1 are the same step.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,6 +167,11 @@ def _evaluation(
 ) -> Evaluation:
     cursor = run.cursor
     loss, general = evaluate(run)
+    if not all(math.isfinite(value) for value in (loss, general) if value is not None):
+        raise TrainingError(
+            f"the evaluation after step {cursor.step} is not finite: held-out loss {loss}, general loss {general}",
+            help="lower train.lr, or look at those rows; the last checkpoint is intact",
+        )
     best = loss is not None and (cursor.best is None or loss < cursor.best)
     if best:
         cursor.best, cursor.best_step, cursor.stale = loss, cursor.step, 0
@@ -176,11 +182,11 @@ def _evaluation(
 
 
 def _check_gradients_flow(run: Run) -> None:
-    """After the first step every B must have moved; A cannot, since B was zero."""
-    stuck = [name for name in run.parameters.dead() if name.endswith(".B")]
+    """In the first step one of A and B has a gradient wherever the update reaches the loss; the other one was zero."""
+    stuck = run.parameters.dead()
     if stuck:
         raise TrainingError(
-            f"these trained tensors received no gradient in the first step:\n{listed(stuck)}",
+            f"these trained layers received no gradient in the first step:\n{listed(stuck)}",
             help="the layers they sit on do not reach the loss; leave them out with method.exclude",
         )
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import psutil
 
 from veneer.data import Dataset, statistics
-from veneer.errors import ResourceError
+from veneer.errors import ConfigError, ResourceError
 from veneer.inject.targets import select
 from veneer.methods import Method
-from veneer.methods._lowrank import LowRankMethod
 from veneer.models.base import Base
 from veneer.plan import Estimate, Work, estimate
 from veneer.train.config import TrainConfig
@@ -62,7 +61,7 @@ def fit_memory(base: Base, spec: Method, config: TrainConfig, dataset: Dataset) 
 
 def dropout_of(spec: Method) -> float:
     """The dropout rate of methods that have one."""
-    return spec.dropout if isinstance(spec, LowRankMethod) else 0.0
+    return float(dict(spec).get("dropout", 0.0))
 
 
 def _pass_sizes(config: TrainConfig, longest: int) -> Sequence[int]:
@@ -79,6 +78,10 @@ def _pass_sizes(config: TrainConfig, longest: int) -> Sequence[int]:
 
 def _recompute_choices(base: Base, spec: Method, config: TrainConfig) -> Sequence[int]:
     layers = base.config.layers
+    if dropout_of(spec) and config.recompute == "all":
+        raise ConfigError(
+            "train.recompute: all would draw another dropout mask in the backward pass", help="set method.dropout: 0"
+        )
     if dropout_of(spec) or config.recompute == "none":
         return (0,)
     return (layers,) if config.recompute == "all" else range(layers + 1)

@@ -1,8 +1,8 @@
 """Optimisers over flat buffers: an adapter's parameters, gradients and moments are one stretch of memory per group.
 
 AdamW (arXiv 1711.05101) on one flat fp32 tensor is one kernel call whatever the number of layers, and so are the gradient norm
-and the check for non-finite values. LoRA+ (arXiv 2402.12354) is two groups: B learns `ratio` times faster than A; at ratio 1 the
-result is bitwise the plain optimiser's.
+and the check for non-finite values. LoRA+ (arXiv 2402.12354) is a matter of groups: B learns `ratio` times faster than A and than
+whatever is trained beside them; at ratio 1 the result is bitwise the plain optimiser's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part
-from veneer.errors import TrainingError
+from veneer.errors import ConfigError, TrainingError
 from veneer.methods import method_of
 from veneer.registry import Registry
 from veneer.train.config import TrainConfig
@@ -31,7 +32,10 @@ class _Slot:
 
 
 class FlatParameters:
-    """The trained tensors of an adapter, gathered into one fp32 buffer per group ("A", and "B" for everything else)."""
+    """The trained tensors of an adapter, gathered into one fp32 buffer per group.
+
+    "A"; "B" with whatever else a low-rank part trains (DoRA's magnitude); "rest" for all other parts.
+    """
 
     def __init__(self, adapter: Adapter, device: torch.device) -> None:
         self._adapter = adapter
@@ -65,23 +69,15 @@ class FlatParameters:
         return total
 
     def dead(self) -> list[str]:
-        """Trained tensors whose gradient is exactly zero everywhere."""
-        silent = []
-        for group, buffer in self.buffers.items():
-            assert buffer.grad is not None
-            slots = [s for s in self._slots if s.group == group]
-            pieces = torch.split(buffer.grad, [s.shape.numel() for s in slots])
-            silent += [
-                f"{self._adapter.parts[s.part].target}.{s.name}"
-                for s, g in zip(slots, pieces, strict=True)
-                if not bool(g.any())
-            ]
-        return silent
+        """Targets of parts with factors whose gradients are all exactly zero: nothing of them reaches the loss."""
+        alive = {part for (part, _), gradient in self._views(_gradient).items() if bool(gradient.any())}
+        parts = {slot.part for slot in self._slots if slot.group != "rest"} - alive
+        return [str(self._adapter.parts[part].target) for part in sorted(parts)]
 
     def low_rank_pairs(self) -> list[tuple[Tensor, Tensor, float]]:
         """(A, gradient of B, scale) of every part with both factors, as views."""
         assert all(buffer.grad is not None for buffer in self.buffers.values())
-        values, gradients = self._views(lambda b: b.detach()), self._views(lambda b: _gradient(b))
+        values, gradients = self._views(lambda b: b.detach()), self._views(_gradient)
         found = []
         for i, part in enumerate(self._adapter.parts):
             if (i, "A") in values and (i, "B") in values and part.target is not None:
@@ -114,7 +110,7 @@ def _gradient(buffer: Tensor) -> Tensor:
 def _slots(adapter: Adapter, index: int, part: Part) -> list[_Slot]:
     frozen = method_of(adapter, part).frozen()
     return [
-        _Slot(index, name, "A" if name == "A" else "B", tensor.shape)
+        _Slot(index, name, "rest" if "A" not in part.tensors else "A" if name == "A" else "B", tensor.shape)
         for name, tensor in part.tensors.items()
         if name not in frozen and tensor.is_floating_point()
     ]
@@ -134,24 +130,29 @@ OptimizerFactory = Callable[[FlatParameters, TrainConfig, Path | None], torch.op
 OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
 
 
-@OPTIMIZERS.register("adamw")
-def adamw(parameters: FlatParameters, config: TrainConfig, folder: Path | None) -> torch.optim.Optimizer:
-    """AdamW, betas (0.9, 0.999), fused; with `lora_plus_ratio` the B group learns that much faster."""
-    groups = [
+def groups_of(parameters: FlatParameters, config: TrainConfig) -> list[dict[str, Any]]:
+    """Each buffer with its share of the learning rate."""
+    if config.lora_plus_ratio != 1.0 and "B" not in parameters.buffers:
+        raise ConfigError(
+            "train.lora_plus_ratio sets the rate of B over that of A, and this method has neither",
+            help="leave it out, or use lora or dora",
+        )
+    return [
         {"params": [buffer], "ratio": config.lora_plus_ratio if name == "B" else 1.0}
         for name, buffer in parameters.buffers.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(parameters: FlatParameters, config: TrainConfig, folder: Path | None) -> torch.optim.Optimizer:
+    """AdamW, betas (0.9, 0.999), fused; with `lora_plus_ratio` the B group learns that much faster."""
+    return torch.optim.AdamW(groups_of(parameters, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 @OPTIMIZERS.register("sgd")
 def sgd(parameters: FlatParameters, config: TrainConfig, folder: Path | None) -> torch.optim.Optimizer:
     """Plain gradient descent, mostly for tests of laws that hold for it alone."""
-    groups = [
-        {"params": [buffer], "ratio": config.lora_plus_ratio if name == "B" else 1.0}
-        for name, buffer in parameters.buffers.items()
-    ]
-    return torch.optim.SGD(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups_of(parameters, config), lr=config.lr, weight_decay=config.weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

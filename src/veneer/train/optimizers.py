@@ -20,7 +20,7 @@ from torch import Tensor
 from veneer.errors import ConfigError, ResourceError
 from veneer.ops.nf4 import dynamic_code
 from veneer.train.config import TrainConfig
-from veneer.train.optim import OPTIMIZERS, FlatParameters, FlatState
+from veneer.train.optim import OPTIMIZERS, FlatParameters, FlatState, groups_of
 
 CHUNK = 1 << 20
 """Numbers updated at a time: 16 MB of parameter, gradient and moments."""
@@ -56,11 +56,7 @@ class _FlatAdamW(FlatState):
     """AdamW on flat fp32 buffers, chunk by chunk, with moments that a subclass brings and takes back."""
 
     def __init__(self, parameters: FlatParameters, config: TrainConfig) -> None:
-        groups = [
-            {"params": [buffer], "ratio": config.lora_plus_ratio if name == "B" else 1.0}
-            for name, buffer in parameters.buffers.items()
-        ]
-        super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
+        super().__init__(groups_of(parameters, config), {"lr": config.lr, "weight_decay": config.weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -118,7 +118,7 @@ def provenance(base: Base, task: Task) -> Provenance:
     return Provenance(
         base=base.identity,
         base_name=base.name,
-        trained_on=str(base.dtype).removeprefix("torch."),
+        trained_on=", ".join(filter(None, (str(base.dtype).removeprefix("torch."), base.quantize))),
         data=task.dataset.sha256,
         chat_template=None if base.tokenizer is None else base.tokenizer.template,
     )
@@ -133,6 +133,7 @@ def fingerprint(base: Base, task: Task) -> str:
         "data": [content_digest(d) for d in (task.dataset, task.held_out) if d is not None],
         "base": base.identity,
         "dtype": str(base.dtype),
+        "quantize": base.quantize,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -176,6 +177,7 @@ class _Writer:
         if is_best or (self.task.held_out is None):
             adapter.save(self.folder / "adapter")
         if not is_best:
+            self._flush()  # a step that is not in the metrics must not be in the checkpoint, which would never do it again
             adapter.save(self.folder / "last")
             checkpoint.write(self.folder / "checkpoint", run.cursor, run.parameters, run.optimizer, self.generators)
 
@@ -208,7 +210,7 @@ class _Writer:
     def _adapter(self, run: Run) -> Adapter:
         snapshot = run.parameters.snapshot()
         adapter = cast(Method, snapshot.spec).folded(snapshot)
-        samples = {t: self.base.samples(t) for t in adapter.targets}
+        samples = {t: self.base.samples(t) for t in adapter.targets if t in self.base.shape.hosts}
         return replace(adapter, provenance=replace(adapter.provenance, base_samples=samples))
 
     def _provenance(self, ready: Preflight) -> dict[str, Any]:
