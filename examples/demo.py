@@ -30,11 +30,11 @@ from veneer.train import Evaluation, Step
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jive": ("says a sentence in a dialect", {"epochs": 2, "lr": 1e-3}),
-    "spam": ("reads a mail, answers with a verdict as JSON", {"epochs": 1, "lr": 5e-4}),
-    "shell": ("turns a request into one Bash command", {"epochs": 2, "lr": 1e-3}),
+    "jive": ("says a sentence in a dialect", {"epochs": 2}),
+    "spam": ("reads a mail, answers with a verdict as JSON", {"epochs": 2}),
+    "shell": ("turns a request into one Bash command", {"epochs": 2}),
 }
-COMMON = {"tokens_per_step": 2048, "eval_every": 10, "save_every": 1000, "max_length": 512}
+COMMON = {"lr": 3e-4, "tokens_per_step": 1024, "eval_every": 10, "save_every": 1000, "max_length": 512}
 QUESTIONS = {
     "jive": "Say it your way: The teacher asked the students to read the first chapter of the book.",
     "spam": "Is this mail spam or ham? Answer as JSON.\n\nSubject: Free prize inside\nYou have been chosen to win a free "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapter import Adapter
-from veneer.data import Dataset, encode, leaks, load
+from veneer.data import Dataset, leaks, prepare
 from veneer.errors import Unsupported
 from veneer.methods import Method
 from veneer.methods.lora import LoRA
@@ -79,10 +79,10 @@ def read_data(base: Base, path: Path, data: DataConfig, config: TrainConfig, *, 
         raise Unsupported(
             f"base '{base.name}' has no tokenizer, so text can't be read", help="add tokenizer.json to its folder"
         )
-    rows = load(path, format="auto" if is_general else data.format)
-    return encode(
-        rows,
+    return prepare(
+        path,
         base.tokenizer,
+        format="auto" if is_general else data.format,
         max_length=config.max_length,
         on_too_long="drop" if is_general else config.on_too_long,
         train_on=data.train_on,
