@@ -79,14 +79,20 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class _Seated:
-    """Rows of one call that decode in one table: their rows, seats and lengths, in seat order."""
+    """Rows of one call that decode in one table: their rows, seats and lengths, in seat order.
+
+    whole     all of the table's sequences
+    straight  and rows 0, 1, 2, ... of the call in this order
+    """
 
     table: Table
     rows: Tensor
     seats: Tensor
     places: Tensor
     lengths: list[int]
+    longest: int
     whole: bool
+    straight: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +196,13 @@ class Arena:
     ) -> Tensor:
         """Store the rows of each run and attend over everything its sequence has stored."""
         plan = self._planned(runs)
+        if not plan.alone and len(plan.seated) == 1 and plan.seated[0].straight:
+            group = plan.seated[0]
+            keys, values = _store(group, layer, k, v)
+            return decode_attention(q, keys, values, group.lengths, scale=scale, window=window, softcap=softcap)
         out = torch.empty_like(q)
         for group in plan.seated:
-            keys, values = group.table.store[layer, 0], group.table.store[layer, 1]
-            keys[group.seats, group.places] = k[group.rows]
-            values[group.seats, group.places] = v[group.rows]
-            longest, count = max(group.lengths), len(group.lengths)
-            if group.whole:
-                keys, values = keys[:count, :longest], values[:count, :longest]
-            else:
-                keys, values = keys[group.seats, :longest], values[group.seats, :longest]
+            keys, values = _store(group, layer, k[group.rows], v[group.rows])
             out[group.rows] = decode_attention(
                 q[group.rows], keys, values, group.lengths, scale=scale, window=window, softcap=softcap
             )
@@ -234,13 +237,17 @@ class Arena:
 
     def _group(self, table: Table, found: list[tuple[int, int, Run]]) -> _Seated:
         found.sort(key=lambda member: member[0])
+        whole = len(found) == len(table.ids)
+        total = max(row for _, row, _ in found) + 1
         return _Seated(
             table,
             rows=torch.tensor([row for _, row, _ in found], device=self._device),
             seats=torch.tensor([seat for seat, _, _ in found], device=self._device),
             places=torch.tensor([run.start for _, _, run in found], device=self._device),
             lengths=[run.start + 1 for _, _, run in found],
-            whole=len(found) == len(table.ids),
+            longest=max(run.start for _, _, run in found) + 1,
+            whole=whole,
+            straight=whole and [row for _, row, _ in found] == list(range(total)),
         )
 
     # -- seats and buffers ---------------------------------------------------------------------------------------------
@@ -278,3 +285,13 @@ class Arena:
         spare = self._spare.setdefault(buffer.shape[2], [])
         if len(spare) < _SPARE and buffer.shape[2] == capacity(buffer.shape[2]):
             spare.append(buffer)
+
+
+def _store(group: _Seated, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the new keys and values in their places; all keys and values of the group so far."""
+    keys, values = group.table.store[layer, 0], group.table.store[layer, 1]
+    keys[group.seats, group.places] = k
+    values[group.seats, group.places] = v
+    if group.whole:
+        return keys[: len(group.lengths), : group.longest], values[: len(group.lengths), : group.longest]
+    return keys[group.seats, : group.longest], values[group.seats, : group.longest]

@@ -58,7 +58,8 @@ class Runner:
         """Read and store the step's tokens; the scores of those that go on."""
         work = [Work(seq, 1) for seq in step.decode]
         work += [Work(seq, count) for seq, count in step.prefill]
-        work.sort(key=lambda w: (w.seq.adapter, not w.seq.decoding))
+        order = {key: place for place, key in enumerate(dict.fromkeys(w.seq.adapter for w in work))}
+        work.sort(key=lambda w: order[w.seq.adapter])
         self._prepare(work)
         batches = [[w] for w in work] if self._alone else [work]
         return [scores for batch in batches if (scores := self._forward(batch, residents)) is not None]
