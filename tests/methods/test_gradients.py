@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer import methods
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported
 from veneer.inject.create import create
 from veneer.models.bank import Bank, Dropout, spans_of
@@ -143,3 +143,28 @@ def test_dropout_also_falls_on_an_update_over_a_replaced_weight() -> None:
     plain = native_loss(base, live(adapter))
     dropped = native_loss(base, live(adapter), Dropout(0.5, torch.Generator().manual_seed(0)))
     assert not torch.equal(plain, dropped)
+
+
+def test_a_replaced_norm_takes_its_bias_along() -> None:
+    base, model = tiny.base("gpt2")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(48, generator=generator) for name in ("weight", "bias")}
+    adapter = Adapter(methods.parse({"kind": "full"}), (Part("full", "override", "transformer.ln_f", tensors),))
+    ours = live(adapter)
+    found = native_loss(base, ours)
+    dense = {f"transformer.ln_f.{name}": t.clone().requires_grad_() for name, t in tensors.items()}
+    scores = torch.func.functional_call(model, dense, (IDS,)).logits
+    loss = F.cross_entropy(scores.reshape(len(LABELS), -1)[ROWS], LABELS[ROWS], reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-5, atol=1e-5)
+    for name, tensor in ours.parts[0].tensors.items():
+        torch.testing.assert_close(tensor.grad, dense[f"transformer.ln_f.{name}"].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["transformer.wpe", "transformer.h.7.ln_1", "model.norm"])
+def test_a_replaced_tensor_that_nothing_reads_is_refused(target: str) -> None:
+    base, _ = tiny.base("gpt2")
+    part = Part("full", "override", target, {"weight": torch.ones(48)})
+    with pytest.raises(Unsupported, match=f"cannot replace {target}.weight"):
+        native_loss(base, Adapter(methods.parse({"kind": "full"}), (part,)))

@@ -33,7 +33,7 @@ from veneer.ops.loss import linear_cross_entropy, token_nll
 from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear
 from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.rope import rotary
-from veneer.types import Segment, Span
+from veneer.types import Override, Segment, Span
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Decoder:
         if config.tied_head:
             part = PartSpec(layout.head_path, 0, config.vocab)
             self.groups["head"] = Group("head", DenseFrozen(self.embed), None, (part,))
+        projections = {layout.head_path, *(part.path for group in layout.groups for part in group.parts)}
+        norms = {stored for name, stored in layout.tensors.items() if name not in ("embed", "positions")}
+        self._replaceable = norms | {f"{path}.{kind}" for path in projections for kind in ("weight", "bias")}
+        self._replaceable.add(f"{layout.embed_path}.weight")
         self._rope = {
             local: RopeTable(rope, config.head_dim, config.max_positions, self.device)
             for local, rope in ((False, config.rope), (True, config.local_rope))
@@ -134,6 +138,7 @@ class Decoder:
         recompute  the first so many blocks drop their activations and run again in the backward pass
         """
         segments = bank.activated(tokens, segments) if cache is None else segments
+        self._check_overrides(bank)
         h, state, keep = self._embed(tokens, segments, bank, cache)
         wanted = keep if rows is None else rows if keep is None else keep[rows]
         last = self.config.layers - 1
@@ -213,6 +218,14 @@ class Decoder:
         angles = {local: table.at(positions, ends) for local, table in self._rope.items()}
         state = Pass(spans_of(spans), tuple(runs), bank, cache, angles)
         return x, state, torch.cat(keep) if has_virtual else None
+
+    def _check_overrides(self, bank: Bank) -> None:
+        """A replaced tensor that no line of this decoder reads would be a silent loss of what was trained."""
+        if unread := sorted({name for own in bank.overrides for name in own.keys() - self._replaceable}):
+            raise Unsupported(
+                f"the native decoder cannot replace {', '.join(unread)}",
+                help="attach the adapter to the transformers model, or check that it was made for this base",
+            )
 
     def _check_length(self, positions: Tensor) -> None:
         longest = int(positions.max()) + 1 if positions.numel() else 0
@@ -332,20 +345,26 @@ class Decoder:
         return f"{self.layout.embed_path}.weight" if name == "head" and self.config.tied_head else None
 
     def _norm(self, x: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
-        checkpoint_name = self.layout.tensors[name]
-        if any(s.index >= 0 and checkpoint_name in bank.overrides[s.index] for s in spans if any(bank.overrides)):
-            pieces = []
-            for s in spans:
-                own = bank.overrides[s.index].get(checkpoint_name) if s.index >= 0 else None
-                pieces.append(self._apply_norm(x[s.start : s.stop], name, None if own is None else own.value))
-            return torch.cat(pieces)
-        return self._apply_norm(x, name, None)
+        names = [self.layout.tensors[n] for n in (name, f"{name}_bias") if n in self.layout.tensors]
+        replaced = {index for index, own in enumerate(bank.overrides) if any(n in own for n in names)}
+        if not any(s.index in replaced for s in spans):
+            return self._apply_norm(x, name, {})
+        pieces = []
+        for s in spans:
+            pieces.append(self._apply_norm(x[s.start : s.stop], name, bank.overrides[s.index] if s.index >= 0 else {}))
+        return torch.cat(pieces)
 
-    def _apply_norm(self, x: Tensor, name: str, weight: Tensor | None) -> Tensor:
-        weight = self.tensors[name] if weight is None else weight
+    def _apply_norm(self, x: Tensor, name: str, overrides: Mapping[str, Override]) -> Tensor:
+        weight, bias = (self._tensor(n, overrides) for n in (name, f"{name}_bias"))
+        assert weight is not None
         if self.config.norm == "layer":
-            return layer_norm(x, weight, self.tensors.get(f"{name}_bias"), self.config.norm_eps)
+            return layer_norm(x, weight, bias, self.config.norm_eps)
         return rms_norm(x, weight, self.config.norm_eps, offset=1.0 if self.config.norm == "rms1" else 0.0)
+
+    def _tensor(self, name: str, overrides: Mapping[str, Override]) -> Tensor | None:
+        """A small tensor by its native name, or what stands in for it."""
+        own = overrides.get(self.layout.tensors.get(name, ""))
+        return self.tensors.get(name) if own is None else own.value
 
     def _head_weight(self) -> Tensor:
         frozen = self.groups["head"].frozen
