@@ -107,15 +107,18 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 Reader = Callable[[BufferedReader, Problems], Iterator[Record]]
 
 
+RELATIVE = "paths on the command line are relative to where it runs, those in a run file to that file"
+
+
 def _raise_missing(path: Path) -> NoReturn:
     beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     if near:
         hint = f"did you mean {path.parent / near[0]}?"
     elif not path.parent.is_dir():
-        hint = f"the folder {path.parent} does not exist either; paths are relative to where the command runs"
+        hint = f"the folder {path.parent} does not exist either; {RELATIVE}"
     else:
-        hint = "paths are relative to where the command runs"
+        hint = RELATIVE
     raise NotFound(f"no data file at {path}", help=hint) from None
 
 

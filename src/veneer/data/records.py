@@ -18,6 +18,7 @@ MAX_ROW_BYTES = 4 * 1024 * 1024
 KEPT_PROBLEMS = 1000
 UTF8_HELP = "save the file as UTF-8 (iconv -f latin1 -t UTF-8, if it is Latin-1)"
 HALF_WRITTEN = "it looks half-written: copy or make the file again"
+REPAIR_HELP = "repair these rows or take them out, then run the same command again"
 SPLIT_HELP = "split long documents into rows that fit max_length, one JSON object a line"
 JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "history"})
 
@@ -55,7 +56,7 @@ class Problems:
         plural = "problem" if self.count == 1 else "problems"
         told = [what for _, what in sorted(self.found, key=lambda problem: problem[0])]
         shown = [*told, *[""] * (self.count - len(told))]
-        raise DataError(f"{self.name} has {self.count} {plural}:\n{listed(shown)}", help=self.help)
+        raise DataError(f"{self.name} has {self.count} {plural}:\n{listed(shown)}", help=self.help or REPAIR_HELP)
 
 
 class RefusedJson(ValueError):

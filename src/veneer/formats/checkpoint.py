@@ -105,7 +105,7 @@ def plain_file(folder: Path, name: str) -> Path:
     """`folder/name` where that is an ordinary file of this folder; links may lead elsewhere only inside a hub cache."""
     path = folder / name
     if not path.exists():
-        raise NotFound(f"{folder} has no {name}")
+        raise NotFound(f"{folder} has no {name}", help="give another folder, or copy the missing file into this one")
     real = path.resolve()
     if not stat.S_ISREG(os.stat(real).st_mode):
         raise FormatError(f"{path} is not an ordinary file")

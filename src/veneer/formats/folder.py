@@ -98,7 +98,6 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
-    help = (
-        "free some space or choose another disk" if error.errno == errno.ENOSPC else "choose a folder you may write to"
-    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    help = "free some space or choose another disk" if full else "choose a folder you may write to"
     return ResourceError(f"cannot write {path}: {error.strerror or error}; what was there is as it was", help=help)
