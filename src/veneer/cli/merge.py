@@ -48,6 +48,9 @@ def command(
     route: Annotated[
         str, typer.Option("--route", help="To 4 bits: from the original weights, or stochastic on the 4-bit grid.")
     ] = "original",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Load the base in auto, float32 or bfloat16; a folder is written in its own.")
+    ] = "auto",
     undo: Annotated[Path | None, typer.Option("--undo", metavar="DIR", help="A merged folder to take apart.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare on probe prompts afterwards.")] = True,
     allow_base_mismatch: Annotated[
@@ -69,7 +72,7 @@ def command(
             raise ConfigError("--unmergeable and --quantize exclude each other", help="keep the base to go back to")
         _four_bit(base, found, out, quantize, route, stochastic or 0, untie, allow_base_mismatch, as_json)
         return
-    loaded = _loaded(base) if check else None
+    loaded = _loaded(base, dtype) if check or dtype != "auto" else None
     report = merge(
         base if loaded is None else loaded,
         found,
@@ -79,7 +82,7 @@ def command(
         unmergeable=unmergeable,
         allow_base_mismatch=allow_base_mismatch,
     )
-    same = None if loaded is None else agreement(loaded, found, out)
+    same = None if loaded is None or not check else agreement(loaded, found, out)
     if as_json:
         say_json(_as_json(report, same))
     else:
@@ -122,12 +125,12 @@ def _four_bit(
     say(f"base: {report.base_check.outcome} ({report.base_check.detail})")
 
 
-def _loaded(base: str) -> Base | None:
+def _loaded(base: str, dtype: str) -> Base | None:
     """The base with its decoder, or None for a family outside the table, which merges file to file all the same."""
     from veneer.models.load import load_base
 
     try:
-        return load_base(base)
+        return load_base(base, dtype=dtype)
     except Unsupported as error:
         note(f"merging without the check on probe prompts: {error.message}")
         return None
