@@ -15,6 +15,7 @@ from veneer.data import Batch
 from veneer.inject import create, select
 from veneer.methods import parse
 from veneer.models.load import load_base
+from veneer.ops.scratch import keep_freed_memory
 from veneer.train.checkpoint import Cursor
 from veneer.train.config import TrainConfig
 from veneer.train.loop import Run, accumulate
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one step")
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.manual_seed(0)
     rng = random.Random(0)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32

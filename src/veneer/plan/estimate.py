@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from veneer.methods import Method
 from veneer.models.config import DecoderConfig, Layout
-from veneer.ops.loss import CHUNK
+from veneer.ops.loss import chunk_rows
 from veneer.plan.activations import Traffic, activation_bytes, logits_bytes, workspace_bytes
 from veneer.plan.bytes import GRADIENT, MASTER, MOMENTS, base_bytes, copies_bytes
 from veneer.plan.counts import Counted, adapter_tensors
@@ -69,7 +69,7 @@ def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Seque
             "optimizer": MOMENTS * trained,
             "copies": copies_bytes(trained, itemsize, packed=spec.site != "override"),
             "activations": activation_bytes(config, traffic, work.tokens, itemsize, recompute=work.recompute),
-            "logits": logits_bytes(config.vocab, labels, itemsize, CHUNK),
+            "logits": logits_bytes(config.vocab, labels, itemsize, chunk_rows(config.vocab, itemsize)),
             "workspace": workspace_bytes(config, work.tokens, itemsize) + _scratch(layout, work, itemsize),
         },
     )

@@ -35,6 +35,7 @@ from veneer.inject.create import create
 from veneer.methods import Method
 from veneer.models.bank import Dropout
 from veneer.models.base import Base
+from veneer.ops.scratch import keep_freed_memory
 from veneer.train import checkpoint
 from veneer.train import optimizers as optimizers  # fills OPTIMIZERS
 from veneer.train.calibrate import calibrate, spread
@@ -70,6 +71,7 @@ def run_task(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Train `task` on `base` into `folder`, yielding events. The adapter is then in `folder/adapter`."""
+    keep_freed_memory()
     with locked(folder):
         _sweep(folder)
         yield from _run_locked(base, task, folder, resume, should_stop)
