@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3, Conv1D": ("gpt2", {"kind": "ia3"}),
     "bitfit": ("gpt2", {"kind": "bitfit"}),
     "vera": ("llama", {"kind": "vera", "rank": 4}),
+    "full, Conv1D": ("gpt2", {"kind": "full", "targets": ("c_attn", "attn.c_proj", "wte")}),
     "full": ("qwen2", {"kind": "full", "targets": ("all-linear", "embed_tokens", "lm_head")}),
 }
 

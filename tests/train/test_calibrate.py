@@ -56,13 +56,15 @@ def test_layers_with_one_input_share_their_directions(base: Base, dataset: Datas
     assert torch.allclose(one @ one.T, torch.eye(4), atol=1e-5)
 
 
-def test_the_gradient_is_that_of_the_dense_weight(base: Base, dataset: Dataset) -> None:
-    target, step = "model.layers.0.mlp.down_proj", 1e-2
+@pytest.mark.parametrize("target", ["model.layers.0.mlp.down_proj", "lm_head"])
+def test_the_gradient_is_that_of_the_dense_weight(base: Base, dataset: Dataset, target: str) -> None:
+    step = 1e-2
     rows = list(range(6))
     gradient = gradients(base, dataset, [rows], [target], lambda share: None)[target].gradient
     assert gradient is not None
     fresh = create(base, LoRA(rank=1, alpha=1, targets=(target,)), torch.Generator().manual_seed(0))
-    u, v = torch.randn(gradient.shape[0], 1), torch.randn(1, gradient.shape[1])
+    u, v = (torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in gradient.shape)
+    u, v = u[:, None], v[None]
     part = fresh.parts[0]
     losses = []
     for sign in (step, -step):

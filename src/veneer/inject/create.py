@@ -37,9 +37,6 @@ def create(
     gathered = stats or {}
 
     def factors(target: str, host: Host, own: torch.Generator) -> Factors | None:
-        seen = gathered.get(target)
-        if spec.site == "kv" and seen is not None and seen.key is not None and seen.value is not None:
-            return Factors(seen.key, seen.value)
         if not isinstance(spec, LowRankMethod):
             seen = gathered.get(target)
             return None if seen is None or seen.key is None or seen.value is None else Factors(seen.key, seen.value)

@@ -102,7 +102,8 @@ class Decoder:
         for spec in layout.groups:
             found = tensors[spec.name]
             frozen = DenseFrozen(found) if isinstance(found, Tensor) else found
-            self.groups[spec.name] = Group(spec.name, frozen, self.tensors.get(f"{spec.name}_bias"), spec.parts)
+            bias = self.tensors.get(f"{spec.name}_bias")
+            self.groups[spec.name] = Group(spec.name, frozen, bias, spec.parts, transposed=spec.kind == "conv1d")
         if config.tied_head:
             part = PartSpec(layout.head_path, 0, config.vocab)
             self.groups["head"] = Group("head", DenseFrozen(self.embed), None, (part,))

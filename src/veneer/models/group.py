@@ -17,12 +17,16 @@ from veneer.ops.low_rank import DenseFrozen, Frozen
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One frozen product y = x W^T + b and which checkpoint module owns which rows of W."""
+    """One frozen product y = x W^T + b and which checkpoint module owns which rows of W.
+
+    transposed  whether the checkpoint stores W^T (Conv1D), and so does what replaces it
+    """
 
     name: str
     frozen: Frozen
     bias: Tensor | None
     parts: tuple[PartSpec, ...]
+    transposed: bool = False
 
     @property
     def out_features(self) -> int:
@@ -42,7 +46,7 @@ class Group:
             frozen = RowsOf(self.frozen, part.start, part.stop)
         bias = None if self.bias is None else self.bias[part.start : part.stop]
         alone = replace(part, start=0, stop=part.stop - part.start)
-        return Group(f"{self.name}:{part.path}", frozen, bias, (alone,))
+        return Group(f"{self.name}:{part.path}", frozen, bias, (alone,), self.transposed)
 
 
 class RowsOf:

@@ -140,7 +140,8 @@ def _span_of_part(part: PartSpec, single: Group, x: Tensor, span: Span, bank: Ba
 
 def _replaced_weight(weight: Override, single: Group, x: Tensor) -> Tensor:
     """x W^T with the whole weight replaced, or the rows that `weight.rows` names."""
-    own = x @ weight.value.to(x.dtype).t()
+    stored = weight.value.to(x.dtype)
+    own = x @ (stored if single.transposed else stored.t())
     if weight.rows is None:
         return own
     return adapted_linear(x, single.frozen, None, (), (Span(0, x.shape[0], -1),)).index_copy(1, weight.rows, own)

@@ -22,7 +22,7 @@ class RopeTable:
 
     def __init__(self, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> None:
         self._rope, self._dim, self._max, self._device = rope, rope.dim or head_dim, max_positions, device
-        self._cos = self._sin = torch.empty(0, self._dim // 2)
+        self._table = (torch.empty(0, self._dim // 2),) * 2  # one name, so that another thread never sees half of it
         self._short = _longest_short(rope, max_positions)
 
     def at(self, positions: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,11 @@ class RopeTable:
 
     def _lookup(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         needed = int(positions.max()) + 1 if positions.numel() else 0
-        if needed > self._cos.shape[0]:
-            grown = torch.arange(max(needed, 2 * self._cos.shape[0], 512), device=self._device)
-            self._cos, self._sin = self._angles(grown, 1)
-        return self._cos[positions], self._sin[positions]
+        cos, sin = self._table
+        if needed > len(cos):
+            grown = torch.arange(max(needed, 2 * len(cos), 512), device=self._device)
+            cos, sin = self._table = self._angles(grown, 1)
+        return cos[positions], sin[positions]
 
     def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         frequencies, factor = scaled_frequencies(self._rope, self._dim, self._max, length)

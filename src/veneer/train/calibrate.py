@@ -30,9 +30,10 @@ from veneer.inject.targets import select
 from veneer.methods import Method
 from veneer.methods._lowrank import LowRankMethod
 from veneer.methods.prefix import PrefixTuning
-from veneer.models.bank import Bank
+from veneer.models.bank import Bank, spans_of
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder, Run
+from veneer.models.project import spans_at
 from veneer.ops.attention import attention
 from veneer.ops.low_rank import Frozen
 from veneer.types import Lowered, Override, Segment
@@ -195,14 +196,15 @@ def gradients(
     groups = list(_chunks(base, targets))
     for number, chunk in enumerate(groups):
         weights = {t: base.host(t).weight().detach().clone().requires_grad_() for t in chunk}
-        lowered = Lowered(overrides={f"{t}.weight": Override(w) for t, w in weights.items()})
+        lowered = Lowered(overrides={f"{t}.weight": Override(_as_stored(base, t, w)) for t, w in weights.items()})
         bank = Bank.of([lowered], base.decoder.groups, base.layout.embed_path)
         total = 0.0
         for index, rows in enumerate(passes):
             item = batch(dataset, rows, 0)
             labelled = item.labelled
             hidden = base.decoder.forward(item.tokens, item.segments, bank, rows=labelled)
-            loss = base.decoder.loss(hidden, item.labels[labelled], item.weights[labelled], (), bank)
+            spans = spans_at(spans_of(item.segments), labelled)
+            loss = base.decoder.loss(hidden, item.labels[labelled], item.weights[labelled], spans, bank)
             loss.backward()
             total += float(item.weights.sum())
             progress((number + (index + 1) / len(passes)) / len(groups))
@@ -210,6 +212,11 @@ def gradients(
             assert weight.grad is not None
             found[target] = InitStats(gradient=weight.grad.float() / total)
     return found
+
+
+def _as_stored(base: Base, target: str, weight: Tensor) -> Tensor:
+    """A weight `[out, in]` the way round that the checkpoint has it."""
+    return weight if base.shape.hosts[target].kind == "linear" else weight.t()
 
 
 def _chunks(base: Base, targets: Sequence[str]) -> Iterator[list[str]]:
