@@ -70,3 +70,15 @@ def test_no_rows() -> None:
     assert loss.item() == 0
     loss.backward()
     assert token_nll(hidden[:0], weight, labels[:0]).shape == (0,)
+
+
+def test_the_mean_is_not_rounded_to_the_dtype_of_the_hidden_states() -> None:
+    hidden, weight = (torch.randn(6, 8, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
+    labels = torch.arange(6)
+    grads = []
+    for factor in (1.0, 1 / 777):
+        leaf = hidden.clone().requires_grad_()
+        (linear_cross_entropy(leaf, weight, labels, None) * factor).backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    assert torch.equal(grads[1], (grads[0].float() / 777).bfloat16())
