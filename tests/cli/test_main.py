@@ -74,7 +74,12 @@ def test_every_verb_has_help_with_an_example(verb_name: str, capsys: Output) -> 
         ("fine", 0, ""),
         ("config", 2, "error: two problems:\n  - a\n  - b\nhelp: write c\n"),
         ("data", 1, "error: train.jsonl:3 is empty\n"),
-        ("disk", 1, "error: No space left on device: 'adapter.safetensors'\n"),
+        (
+            "disk",
+            1,
+            "error: No space left on device: 'adapter.safetensors'\n"
+            "help: free some space or choose another disk, then run the same command again\n",
+        ),
     ],
 )
 def test_errors_are_messages(verb: ModuleType, how: str, code: int, message: str, capsys: Output) -> None:
