@@ -94,7 +94,7 @@ class KV:
 
 @dataclass(frozen=True, eq=False)
 class Override:
-    """A tensor that stands in for the base's, as the checkpoint stores it. With `rows` (`[n]` indices) only those rows are replaced."""
+    """A tensor that stands in for the base's, as the checkpoint stores it; with `rows` (`[n]` indices), for those rows alone."""
 
     value: Tensor
     rows: Tensor | None = None

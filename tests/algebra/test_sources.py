@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import checkpoint
 
+from tests.models.tiny import checkpoint
 from veneer import methods
 from veneer.adapter import Adapter
 from veneer.algebra import combination, combine, interference

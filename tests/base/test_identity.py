@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import gguf_writer, tiny
 
+from tests.models import gguf_writer, tiny
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.base.identity import GOLDEN, SAMPLES, Hasher, compare, identity_of, same_weights, sampled
 from veneer.errors import BaseMismatch

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import checkpoint
 
+from tests.models.tiny import checkpoint
 from veneer.adapter import Adapter, Provenance
 from veneer.cli.main import run
 from veneer.inject import create

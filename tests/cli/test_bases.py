@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models import tiny
 
+from tests.models import tiny
 from veneer.cli.main import run
 from veneer.models.catalog import CATALOG, Entry
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.data.fake_tokenizer import FakeTokenizer
 
+from tests.data.fake_tokenizer import FakeTokenizer
 from veneer import data
 
 FOLDER = Path(__file__).parents[2] / "examples" / "data"

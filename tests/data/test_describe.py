@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import numpy as np
-from tests.data.fake_tokenizer import FakeTokenizer
 
+from tests.data.fake_tokenizer import FakeTokenizer
 from veneer import data
 
 TOKENIZER = FakeTokenizer()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models import tiny
 
+from tests.models import tiny
 from veneer import data
 from veneer.models.bank import EMPTY
 

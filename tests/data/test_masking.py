@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tests.data import fake_tokenizer as fake
 from tests.data.fake_tokenizer import FakeTokenizer
-
 from veneer import data
 from veneer.data.masking import encode_row
 from veneer.errors import DataError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.fake_tokenizer import FakeTokenizer
 
+from tests.data.fake_tokenizer import FakeTokenizer
 from veneer import data
 from veneer.data.packing import order
 from veneer.errors import ConfigError, DataError

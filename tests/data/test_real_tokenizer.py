@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.data import fake_tokenizer as fake
-from tests.data.test_masking import TALK, learned
 from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
+from tests.data import fake_tokenizer as fake
+from tests.data.test_masking import TALK, learned
 from veneer import data
 from veneer.data.masking import encode_row
 from veneer.models.tokenizer import Tokenizer

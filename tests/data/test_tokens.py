@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.fake_tokenizer import PLAIN, FakeTokenizer
 
+from tests.data.fake_tokenizer import PLAIN, FakeTokenizer
 from veneer import data
 from veneer.data import cache
 from veneer.errors import ConfigError, DataError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import checkpoint
 
+from tests.models.tiny import checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.diagnose import Finding, adapter_findings, base_findings, file_findings, pair_findings, worst

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits, small_base, with_tokenizer
 
+from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits, small_base, with_tokenizer
 from veneer.adapter import Adapter
 from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError

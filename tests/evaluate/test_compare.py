@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import tinylm
 
+from tests import tinylm
 from veneer import data
 from veneer.adapter import Adapter, Provenance
 from veneer.cli.main import run

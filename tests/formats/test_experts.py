@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.formats.tiny import stir
 
+from tests.formats.tiny import stir
 from veneer.adapter import Adapter
 from veneer.errors import FormatError
 

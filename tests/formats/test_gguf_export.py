@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.tiny import FAMILIES, checkpoint
 from torch import Tensor
 
+from tests.models.tiny import FAMILIES, checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.formats.tiny import gpt2, llama, stir
 from tests.laws.world import fresh, method, world
-
 from veneer.adapter import Adapter
 from veneer.inject.attach import ModuleSource, attach
 from veneer.inject.create import create

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.laws.world import World, fresh, host_of, method, stirred, world
 
+from tests.laws.world import World, fresh, host_of, method, stirred, world
 from veneer import formats
 from veneer.adapter import Adapter, Provenance
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from tests import tinylm
 from torch import Tensor
 
+from tests import tinylm
 from veneer.adapter import Adapter
 from veneer.errors import Unsupported
 from veneer.inject import attached, create, disabled

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.laws.world import HIDDEN, fresh, host_of, method, stats_for, unshifted_inits, world
 
+from tests.laws.world import HIDDEN, fresh, host_of, method, stats_for, unshifted_inits, world
 from veneer.base.host import DenseHost
 from veneer.base.quantized import QUANTISATIONS
 from veneer.errors import ConfigError

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.laws.world import fresh, host_of, method, own_parts, stirred, world
 
+from tests.laws.world import fresh, host_of, method, own_parts, stirred, world
 from veneer.adapter import Adapter, Part
 from veneer.base.host import DenseHost
 from veneer.errors import ConfigError, TargetError

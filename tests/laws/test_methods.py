@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.laws.world import KINDS, World, carried_out, fresh, host_of, inputs, method, own_parts, stirred, world
 from torch.nn import functional as F
 
+from tests.laws.world import KINDS, World, carried_out, fresh, host_of, inputs, method, own_parts, stirred, world
 from veneer.adapter import Adapter
 from veneer.base.host import Host
 from veneer.errors import Unsupported

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.world import carried_out, fresh, inputs, stirred, world
 
+from tests.laws.world import carried_out, fresh, inputs, stirred, world
 from veneer import inits, methods
 from veneer.adapter import Adapter
 from veneer.inits import INITS

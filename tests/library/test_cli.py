@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.library.shelf import FakeBase, folder
 
+from tests.library.shelf import FakeBase, folder
 from veneer.cli.main import run
 
 

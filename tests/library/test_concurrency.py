@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.library.shelf import files_under, folder, make
 
+from tests.library.shelf import files_under, folder, make
 from veneer.errors import VeneerError
 from veneer.library import Library
 

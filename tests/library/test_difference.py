@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.library.shelf import make
 
+from tests.library.shelf import make
 from veneer.adapter import Adapter, Part
 from veneer.library import difference
 from veneer.methods.lora import LoRA

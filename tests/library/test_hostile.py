@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.library.shelf import files_under, folder, make, refs
 
+from tests.library.shelf import files_under, folder, make, refs
 from veneer.errors import ConfigError, FormatError, NotFound, VeneerError
 from veneer.library import Library
 from veneer.library.manifest import Manifest, Measured, seal, unseal

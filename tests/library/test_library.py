@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.library.shelf import BASE, FakeBase, files_under, folder, make, refs
 
+from tests.library.shelf import BASE, FakeBase, files_under, folder, make, refs
 from veneer.errors import BaseMismatch, ConfigError, Conflict, FormatError, NotFound
 from veneer.library import Demand, Library, Loralib, parse_reference, route
 from veneer.library.records import Alias

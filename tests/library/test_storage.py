@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy import Connection, create_engine, event, inspect, text
-from tests.library.shelf import files_under, folder, library_on, make, refs, sqlite_at
 
+from tests.library.shelf import files_under, folder, library_on, make, refs, sqlite_at
 from veneer.errors import ConfigError, Conflict, FormatError, NotFound, ResourceError, Unsupported
 from veneer.library import Demand, Library, migrations, tables
 from veneer.library.catalogue import Catalogue

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.tiny import checkpoint
 
+from tests.models.tiny import checkpoint
 from veneer.adapter import Adapter
 from veneer.errors import Unsupported
 from veneer.inject import create

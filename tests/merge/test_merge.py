@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.tiny import checkpoint
 from torch import Tensor
 
+from tests.models.tiny import checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, TargetError, Unsupported

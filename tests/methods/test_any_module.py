@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.formats.tiny import gpt2, llama, stir
 from torch import Tensor, nn
 
+from tests.formats.tiny import gpt2, llama, stir
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported
 from veneer.inject import ModuleSource, attach, create

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import tiny
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.models import tiny
 from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported

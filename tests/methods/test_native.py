@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.formats.tiny import gpt2, llama, stir
-from tests.laws.world import stirred
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.formats.tiny import gpt2, llama, stir
+from tests.laws.world import stirred
 from veneer.adapter import Adapter
 from veneer.errors import ConfigError, TargetError, Unsupported
 from veneer.inits import InitStats

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import tiny
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.models import tiny
 from veneer.engine.arena import Arena
 from veneer.errors import FormatError, Unsupported
 from veneer.inject import create

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.models import gguf_writer, tiny
 
+from tests.models import gguf_writer, tiny
 from veneer.engine.arena import Arena
 from veneer.errors import FormatError, Unsupported
 from veneer.models.base import Base

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.models import tiny
 
+from tests.models import tiny
 from veneer.errors import ConfigError, FormatError, NotFound, ResourceError, Unsupported, VeneerError
 from veneer.models import cache, convert, mapped, sources
 from veneer.models.base import bound

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tinylm
 
+from tests import tinylm
 from veneer.errors import DataError, FormatError, Unsupported
 from veneer.models.load import load_base
 from veneer.models.tokenizer import Tokenizer
@@ -257,8 +257,9 @@ def test_tokens_that_stand_in_the_settings_only(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_vocabulary_and_merges_is_made_once(tmp_path: Path) -> None:
     """Folders of older checkpoints have vocab.json and merges.txt and no tokenizer.json."""
-    from tests.models import tiny
     from transformers import AutoTokenizer
+
+    from tests.models import tiny
 
     folder = tiny.checkpoint("gpt2", tmp_path / "m")
     words = ["<|endoftext|>", *"abcdefgh ", "Ġ", "ab", "abc", "Ġd"]

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from tests.engine.small import lora, small_base, with_tokenizer
 
+from tests.engine.small import lora, small_base, with_tokenizer
 from veneer.engine import Engine
 from veneer.library import Library
 from veneer.models.base import Base

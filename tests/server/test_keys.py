@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.server.conftest import ADMIN, ALICE, TIGHT, Running
 
+from tests.server.conftest import ADMIN, ALICE, TIGHT, Running
 from veneer.cli.main import run
 from veneer.errors import Busy, ConfigError, Denied
 from veneer.server.keys import LOCAL, Key, Keyring, hashed, new_key, read_keys, require

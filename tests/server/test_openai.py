@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tests.engine.small import lora, lowered_of, plain_greedy
 from tests.server.conftest import Running, eventually
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.engine.small import lora, lowered_of, plain_greedy
 from tests.server.conftest import Running, eventually, start
-
 from veneer.engine import Limits
 from veneer.server import logs
 from veneer.server.metrics import Metrics

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tinylm
 
+from tests import tinylm
 from veneer.data import Dataset, batch, encode, load
 from veneer.errors import ConfigError
 from veneer.inject import attached, create

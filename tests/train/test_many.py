@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests import tinylm
 
+from tests import tinylm
 from veneer.adapter import Adapter
 from veneer.errors import ConfigError
 from veneer.models.load import load_base

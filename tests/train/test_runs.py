@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tinylm
 
+from tests import tinylm
 from veneer.adapter import Adapter
 from veneer.errors import ConfigError, Conflict, ResourceError, TrainingError, VeneerError
 from veneer.evaluate import RowLosses
