@@ -62,3 +62,14 @@ def test_training_through_a_quantised_base_saves_no_dense_weight() -> None:
 def test_unknown_name_suggests() -> None:
     with pytest.raises(ConfigError, match="nf4"):
         quantize_parts(weights(), "nf5")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_int8_rows_are_read_where_they_lie(rows: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(48, 64, generator=g), torch.randn(16, 64, generator=g)]
+    frozen = QuantizedFrozen(quantize_parts(weights, "int8"), torch.bfloat16, Scratch())
+    x = torch.randn(rows, 64, generator=g).bfloat16()
+    dense = torch.cat([p.dequantise(torch.empty(p.shape)) for p in frozen.parts])
+    exact = x.double() @ dense.double().t()
+    assert float((frozen.apply(x).double() - exact).norm() / exact.norm()) < 5e-3

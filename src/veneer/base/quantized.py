@@ -102,6 +102,10 @@ class QuantizedFrozen:
         return dense
 
     def apply(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
+        pieces = [int8.few_rows(x, part) for part in self.parts if isinstance(part, int8.Int8Rows)]
+        whole = [piece for piece in pieces if piece is not None]
+        if len(whole) == len(self.parts):
+            return whole[0] if len(whole) == 1 else torch.cat(whole, dim=1)
         with self.scratch.borrow((self.out_features, self.in_features), self.dtype) as dense:
             return product(x, self._fill(dense).t())
 
