@@ -2,7 +2,7 @@
 
     make demo            (or: python examples/demo.py [--out demo-out])
 
-It ends with a page, `demo-out/index.html`. Nothing here is hard-coded: every figure is measured as it runs. About 5 minutes
+It ends with a page, `demo-out/index.html`. Nothing here is hard-coded: every figure is measured as it runs. About 6 minutes
 on two cores.
 """
 
@@ -30,18 +30,18 @@ from veneer.train import Evaluation, Step
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jive": ("says a sentence in a dialect", {"epochs": 2}),
-    "spam": ("reads a mail, answers with a verdict as JSON", {"epochs": 2}),
+    "jive": ("says a sentence in a dialect", {"epochs": 1}),
+    "spam": ("reads a mail, answers with a verdict as JSON", {"epochs": 1}),
     "shell": ("turns a request into one Bash command", {"epochs": 2}),
 }
-COMMON = {"lr": 3e-4, "tokens_per_step": 1024, "eval_every": 10, "save_every": 1000, "max_length": 512}
+COMMON = {"lr": 3e-4, "tokens_per_step": 1024, "eval_every": 20, "save_every": 1000, "max_length": 512}
 QUESTIONS = {
     "jive": "Say it your way: The teacher asked the students to read the first chapter of the book.",
     "spam": "Is this mail spam or ham? Answer as JSON.\n\nSubject: Free prize inside\nYou have been chosen to win a free "
     "holiday. Click here today to claim your reward!",
     "shell": 'Answer with one Bash command. Count the lines in "/workspace/notes.txt"',
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def train(base: Any, task: str, out: Path) -> Any:

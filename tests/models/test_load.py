@@ -264,7 +264,8 @@ def test_another_file_beside_the_weights_is_left_alone(folder: Path) -> None:
     assert load_base(folder, dtype="float32").folder == wanted.folder
 
 
-def test_no_room_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.checkpoint("llama", tmp_path / "tiny", seed=4711)  # weights that no other test has converted
     monkeypatch.setattr(convert, "available_bytes", lambda: 1000)
     refused(ResourceError, "GB of memory", "free", name=folder, dtype="float32")
     monkeypatch.undo()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli._options import AdapterPaths, load_adapters
-from veneer.cli._output import note, say
+from veneer.cli._options import AdapterPaths, Json, load_adapters
+from veneer.cli._output import note, say, say_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def command(
         bool, typer.Option("--reproducible", help="Answers do not depend on what else runs; slower.")
     ] = False,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
+    as_json: Json = False,
 ) -> None:
     from veneer.server.keys import Keyring, read_keys
     from veneer.server.keys import new_key as make_key
@@ -55,6 +56,9 @@ def command(
 
     if new_key is not None:
         secret, entry = make_key(new_key)
+        if as_json:
+            say_json({"key": secret, "entry": entry.rstrip()})
+            return
         note(f"the key, shown only now: {secret}")
         say(entry.rstrip())
         return
@@ -91,6 +95,8 @@ def command(
         engine.add(name, value, pin=True)
     service = Service(loaded, engine, shelf, keyring, settings, Metrics(settings.named_adapters))
     logs.set_up(log_level)
+    if as_json:
+        say_json({"url": f"http://{host}:{port}/v1", "base": loaded.name, "identity": loaded.identity})
     note(_banner(service))
     serve(service)
 

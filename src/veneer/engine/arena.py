@@ -278,7 +278,7 @@ class Arena:
         if spare:
             return spare.pop()
         layers, two, heads, dim = self._shape
-        return torch.empty(layers, two, size, heads, dim, dtype=self._dtype, device=self._device)
+        return torch.zeros(layers, two, size, heads, dim, dtype=self._dtype, device=self._device)
 
     def _give(self, buffer: Tensor) -> None:
         self._plan = None
