@@ -90,8 +90,9 @@ def test_a_hundred_steps_on_the_real_base_are_peft_s(tmp_path: Path) -> None:
     base = load_base("smollm2-135m", dtype="float32")
     assert base.tokenizer is not None
     write_checkpoint(base, tmp_path / "base")
-    dataset = encode(load(tinylm.chat_rows(tmp_path / "rows.jsonl", 100)), base.tokenizer, max_length=256)
-    config = TrainConfig(lr=1e-3, epochs=2, max_steps=100, tokens_per_step=64, tokens_per_pass=64)
+    rows = load(Path(__file__).parents[2] / "examples/data/jive.train.jsonl")
+    dataset = encode(rows, base.tokenizer, max_length=256)
+    config = TrainConfig(lr=2e-4, epochs=2, max_steps=100, tokens_per_step=64, tokens_per_pass=64)
     mine, schedule = ours(base, dataset, LoRA(rank=8), config, tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     expected = theirs(model, dataset, schedule, config, tmp_path / "adapter")
