@@ -50,7 +50,6 @@ Data paths are relative to the run file, `out` to where the command runs. Every 
       patience: null            # stop after so many evaluations without a better one
       dtype: auto               # float32, bfloat16
       recompute: auto           # none, all
-      tensorboard: false
     out:                        # the run directory
 
 A list under `runs` trains several adapters over one base in memory, taking turns. Ctrl+C saves a

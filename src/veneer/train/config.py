@@ -61,7 +61,6 @@ class TrainConfig(Section):
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: Literal["auto", "none", "all"] = "auto"
-    tensorboard: bool = Field(False, description="write TensorBoard events too")
 
     @model_validator(mode="before")
     @classmethod

@@ -128,7 +128,7 @@ def provenance(base: Base, task: Task) -> Provenance:
 
 def fingerprint(base: Base, task: Task) -> str:
     """SHA-256 of everything that decides the numbers of a run."""
-    free = {"tensorboard", "save_every", "memory"}
+    free = {"save_every", "memory"}
     decisive = {
         "method": {"kind": task.spec.kind} | task.spec.model_dump(mode="json"),
         "train": {k: v for k, v in task.config.model_dump(mode="json").items() if k not in free},
