@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers"
-NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "run" and not p.stem.endswith("_veneer"))
+NAMES = sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem != "run" and not p.stem.endswith("_veneer"))
 
 
 def make_peers() -> None:

@@ -9,16 +9,14 @@ figure for the whole process. Results go to `results/train.json`, `results/train
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from _report import HERE, PEER_PYTHON, bars, drive, markdown, publish, say, write_folder
+
 CASES: dict[str, tuple[list[str], float, float]] = {
     "bf16-fixed": (["--dtype", "bf16"], 3.0, 0.40),
     "bf16-real": (["--dtype", "bf16", "--lengths", "real", "--batch", "8"], 6.0, 0.35),
@@ -29,26 +27,15 @@ CASES: dict[str, tuple[list[str], float, float]] = {
 """Case -> (arguments of both drivers, the ratio of speeds to reach, the ratio of memory to stay under)."""
 
 
-def drive(python: str, script: Path, model: str, arguments: list[str]) -> dict[str, Any]:
-    """The JSON line of one driver."""
-    done = subprocess.run(
-        [python, str(script), model, *arguments], capture_output=True, text=True, check=False, timeout=1800
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return line
-
-
 def run_case(name: str, rounds: int, peer_python: str, folder: str) -> dict[str, Any]:
     """Both drivers in turn, `rounds` times."""
     arguments, speed_bar, memory_bar = CASES[name]
     ours, theirs = [], []
     for number in range(rounds):
-        ours.append(drive(sys.executable, HERE / "train_veneer.py", "smollm2-135m", arguments))
-        theirs.append(drive(peer_python, HERE / "peers" / "train_peft.py", folder, arguments))
+        ours.append(drive(sys.executable, HERE / "train_veneer.py", "smollm2-135m", *arguments))
+        theirs.append(drive(peer_python, HERE / "peers" / "train_peft.py", folder, *arguments))
         speed = ours[-1]["useful_tokens_per_s"] / theirs[-1]["useful_tokens_per_s"]
-        print(f"{name} round {number + 1}/{rounds}: {speed:.2f}x", file=sys.stderr)
+        say(f"{name} round {number + 1}/{rounds}: {speed:.2f}x")
 
     def median(rows: list[dict[str, Any]], key: str) -> float:
         return statistics.median(row[key] for row in rows)
@@ -72,18 +59,29 @@ def run_case(name: str, rounds: int, peer_python: str, folder: str) -> dict[str,
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
-    lines = [
-        "| case | speed vs peft | bar | peak memory vs peft | bar | of the FLOP floor | tokens/s, veneer / peft |",
-        "|---|---|---|---|---|---|---|",
+    head = [
+        "case",
+        "speed vs peft",
+        "bar",
+        "peak memory vs peft",
+        "bar",
+        "of the FLOP floor",
+        "tokens/s, veneer / peft",
     ]
-    for r in results:
-        low, high = r["speed_ratio_range"]
-        lines.append(
-            f"| {r['case']} | {r['speed_ratio']:.2f}x ({low:.2f}-{high:.2f}) | {r['speed_bar']}x | {r['memory_ratio']:.2f}x "
-            f"| {r['memory_bar']}x | {r['fraction_of_floor']:.2f} "
-            f"| {r['veneer']['useful_tokens_per_s']:.0f} / {r['peft']['useful_tokens_per_s']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown(head, [_line(result) for result in results])
+
+
+def _line(r: dict[str, Any]) -> list[str]:
+    low, high = r["speed_ratio_range"]
+    return [
+        r["case"],
+        f"{r['speed_ratio']:.2f}x ({low:.2f}-{high:.2f})",
+        f"{r['speed_bar']}x",
+        f"{r['memory_ratio']:.2f}x",
+        f"{r['memory_bar']}x",
+        f"{r['fraction_of_floor']:.2f}",
+        f"{r['veneer']['useful_tokens_per_s']:.0f} / {r['peft']['useful_tokens_per_s']:.0f}",
+    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -97,13 +95,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         (left, "speed_ratio", "speed_bar", "speed, veneer / peft"),
         (right, "memory_ratio", "memory_bar", "peak memory, veneer / peft"),
     ):
-        axes.barh(names, [r[key] for r in results], color="#2f6fb0", height=0.6)
-        for i, r in enumerate(results):
-            axes.plot([r[bar]] * 2, [i - 0.38, i + 0.38], color="#d97a27", linewidth=2)
-        axes.axvline(1, color="#9aa3ab", linewidth=1)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.invert_yaxis()
+        bars(axes, names, [r[key] for r in results], [r[bar] for r in results], title)
     figure.savefig(path, dpi=120)
 
 
@@ -111,31 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--peer-python", default=str(HERE.parent / ".venv-peers/bin/python"))
+    parser.add_argument("--peer-python", default=str(PEER_PYTHON))
     args = parser.parse_args()
 
-    from veneer.merge import write_checkpoint
-    from veneer.models.load import load_base
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(load_base("smollm2-135m", dtype="float32"), Path(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_folder(Path(scratch), "float32")
         results = [run_case(name, args.rounds, args.peer_python, folder) for name in args.cases.split(",")]
-    import torch
-
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "capabilities": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    where = HERE / "results"
-    where.mkdir(exist_ok=True)
-    document = {"command": "python benchmarks/train.py", "machine": machine, "results": results}
-    (where / "train.json").write_text(json.dumps(document, indent=2) + "\n")
-    (where / "train.md").write_text(table(results))
-    plot(results, where / "train.png")
-    print(table(results))
+    plot(results, publish("train", results, table(results)))
 
 
 if __name__ == "__main__":
