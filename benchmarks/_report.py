@@ -23,7 +23,7 @@ PEER_PYTHON = HERE.parent / ".venv-peers/bin/python"
 BLUE, ORANGE, GREY = "#2f6fb0", "#d97a27", "#9aa3ab"
 
 
-def drive(python: str | Path, script: Path, *arguments: str) -> dict[str, Any]:
+def drive(python: str | Path, script: Path, *arguments: str, **environment: str) -> dict[str, Any]:
     """The JSON object that a driver prints as its last line; its own process, so its own memory and threads."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -32,7 +32,7 @@ def drive(python: str | Path, script: Path, *arguments: str) -> dict[str, Any]:
         text=True,
         check=False,
         timeout=1800,
-        env={**os.environ, **quiet},
+        env={**os.environ, **quiet, **environment},
     )
     if done.returncode != 0:
         raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")

