@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from tests.models.tiny import FAMILIES, checkpoint
@@ -16,7 +17,7 @@ from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported
 from veneer.formats.gguf_export import export_adapter, export_model, halves_to_pairs, heads_to_thirds, q8_0
-from veneer.formats.gguf_words import pre_tokenizer, tokenizer_fields
+from veneer.formats.gguf_words import tokenizer_fields
 from veneer.formats.ollama import MARK, Turns, modelfile, stop_words, turns
 from veneer.formats.vllm import limits, servable
 from veneer.inject import create
@@ -141,14 +142,12 @@ def test_an_adapter_says_its_effective_update(tmp_path: Path, fields: dict[str, 
     assert (alpha != 0) == ("scaling" not in fields or "rank_pattern" not in fields)
 
 
-def test_pre_tokenizers_are_recognised_or_refused() -> None:
-    level = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-    digits = {"type": "Digits", "individual_digits": True}
-    assert pre_tokenizer({"pre_tokenizer": level}) == "gpt-2"
-    assert pre_tokenizer({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, level]}}) == "smollm"
-    strange = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x+"}}, level]}
+def test_a_tokenizer_whose_cutting_has_no_name_is_refused() -> None:
+    chat = words(None)
+    assert tokenizer_fields(chat, 300)["tokenizer.ggml.pre"] == "gpt-2"
+    chat.fast.pre_tokenizer = pre_tokenizers.Split("x", "isolated")
     with pytest.raises(Unsupported, match="cuts text"):
-        pre_tokenizer({"pre_tokenizer": strange})
+        tokenizer_fields(chat, 300)
 
 
 CHATML = (
@@ -165,7 +164,7 @@ NUMBERED = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor 
 
 
 def words(template: str | None) -> Tokenizer:
-    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Fast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

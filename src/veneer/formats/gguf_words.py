@@ -12,15 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import Unsupported
+from veneer.models.pre_tokenizer import name_of
 from veneer.models.tokenizer import Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe",
-    CONTRACTIONS + r"\p{N}" + REST: "qwen2",
-}
 HELP = "merge into a checkpoint and convert it with llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -36,7 +31,7 @@ def tokenizer_fields(tokenizer: Tokenizer | None, vocab: int) -> dict[str, Any]:
     tokens, kinds = _tokens(data, vocab)
     found: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre_tokenizer(data),
+        "tokenizer.ggml.pre": _pre_tokenizer(data),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]],
@@ -70,17 +65,9 @@ def _tokens(data: Mapping[str, Any], vocab: int) -> tuple[list[str], list[int]]:
     return [text for text, _ in rows], [kind for _, kind in rows]
 
 
-def pre_tokenizer(data: Mapping[str, Any]) -> str:
+def _pre_tokenizer(data: Mapping[str, Any]) -> str:
     """llama.cpp's name for how this tokenizer cuts text before merging."""
-    steps = data.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = steps[0].get("pattern", {}).get("Regex")
-        if pattern in SPLITS:
-            return SPLITS[pattern]
-    raise Unsupported("llama.cpp has no known name for how this tokenizer cuts text", help=HELP)
+    name = name_of(data)
+    if name is None:
+        raise Unsupported("llama.cpp has no known name for how this tokenizer cuts text", help=HELP)
+    return name

@@ -19,6 +19,7 @@ from veneer.models.checkpoint import shapes
 from veneer.models.config import DecoderConfig
 from veneer.models.families import decoder_config, layout
 from veneer.models.gguf_file import Container
+from veneer.models.pre_tokenizer import Cut, cut_named
 from veneer.models.rotary import ATTACH
 from veneer.models.tokenizer_import import from_gguf
 
@@ -86,6 +87,7 @@ class GgufFile:
         if "token_embd.weight" not in self._tensors:
             raise FormatError(f"{path} has no token embedding", help="is it a whole model, not an adapter or a part?")
         self.family = FAMILY[self.arch]
+        self._cut = self._cut_of_text()  # what is not known is refused before gigabytes are converted
 
     def _field(self, key: str, default: Any = None) -> Any:
         return self._file.fields.get(key, default)
@@ -96,7 +98,13 @@ class GgufFile:
     def tokenizer_files(self, folder: Path) -> None:
         """Write tokenizer.json and its settings, where the file has a tokenizer."""
         if self._field("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
-            from_gguf(self._file.path, folder)
+            from_gguf(self._file.path, folder, self._cut, self._field("tokenizer.ggml.add_bos_token"))
+
+    def _cut_of_text(self) -> Cut | None:
+        """How text is cut before merging, where that is a question: for a byte-level BPE."""
+        if self._field("tokenizer.ggml.model") != "gpt2":
+            return None
+        return cut_named(self._field("tokenizer.ggml.pre"), self.arch, str(self._file.path))
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -5,10 +5,14 @@ Importing transformers costs seconds, so it happens at conversion only; later st
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from veneer.errors import Unsupported
+from veneer.models.pre_tokenizer import Cut, cut_as
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,12 +41,27 @@ def copy_or_import(source: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
-def from_gguf(path: Path, folder: Path) -> None:
-    """The tokenizer, its special tokens and the chat template out of a .gguf file's metadata."""
+def from_gguf(path: Path, folder: Path, cut: Cut | None, adds_bos: bool | None) -> None:
+    """The tokenizer, its special tokens and the chat template out of a .gguf file's metadata.
+
+    cut       how a byte-level BPE cuts text: transformers knows some of the names only, and takes GPT-2's way for the others
+    adds_bos  whether texts begin with BOS, None where the file does not say so
+    """
     from transformers import PreTrainedTokenizerFast
 
+    more = {"add_bos_token": True} if adds_bos is None and cut is not None and cut.adds_bos else {}
     with _quiet():
-        PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        try:
+            made = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, **more)
+        except (ValueError, KeyError) as error:
+            raise Unsupported(
+                f"the tokenizer in {path} cannot be read: {error}",
+                help="load the checkpoint's folder or hub id instead: it has a tokenizer.json",
+            ) from error
+        made.save_pretrained(folder)
+    if cut is not None:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps(cut_as(json.loads(file.read_text("utf-8")), cut), ensure_ascii=False), "utf-8")
 
 
 @contextmanager
