@@ -148,7 +148,7 @@ def test_the_formula_of_a_llama_block() -> None:
     traffic = traffic_of(where, spec, list(adapter_tensors(spec, shape, select(shape, spec).targets)), 1.0)
     h, wide, narrow, f = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim, 14336
     ranks = 16 * 7
-    closed = 2 * (4 * h + 2 * (wide + narrow) + 2 * f) + 2 * ranks + 4 * config.heads + 8
+    closed = 2 * (2 * h + 2 * (wide + narrow) + 2 * f) + 2 * ranks + 4 * config.heads
     assert sum(saved(config, traffic, 2, 5).values()) == closed
 
 

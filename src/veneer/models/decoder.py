@@ -30,7 +30,7 @@ from veneer.models.rope import RopeTable
 from veneer.ops.attention import attention
 from veneer.ops.gated import activate
 from veneer.ops.loss import linear_cross_entropy, token_nll
-from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear
+from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear, norm_adapted_linear
 from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.rope import rotary
 from veneer.types import Override, Segment, Span
@@ -257,27 +257,31 @@ class Decoder:
 
     def _block(self, h: Tensor, layer: int, state: Pass, needed: Tensor | None) -> Tensor:
         name, spans, bank = f"layers.{layer}", state.spans, state.bank
-        a = self._norm(h, f"{name}.attn_norm", spans, bank) if self.config.pre_norms else h
-        mixed = self._attention(a, layer, state)
+        mixed = self._attention(h, layer, state)
         if needed is not None:
-            h, a, mixed = h[needed], a[needed], mixed[needed]
+            h, mixed = h[needed], mixed[needed]
             spans = spans_at(spans, needed)
         attended = self._project(f"{name}.o", mixed, spans, bank)
-        attended = with_bottlenecks(attended, a, (layer, "attn_out"), spans, bank)
+        if any(bank.sublayers):
+            a = self._pre_norm(h, f"{name}.attn_norm", spans, bank)
+            attended = with_bottlenecks(attended, a, (layer, "attn_out"), spans, bank)
         if self.config.post_norms:
             attended = self._norm(attended, f"{name}.post_attn_norm", spans, bank)
         parallel = self.config.block == "parallel"
         after = h if parallel else h + attended
-        m = self._norm(after, f"{name}.mlp_norm", spans, bank) if self.config.pre_norms else after
-        fed = with_bottlenecks(self._mlp(m, name, spans, bank), m, (layer, "mlp_out"), spans, bank)
+        fed = self._mlp(after, name, spans, bank)
+        if any(bank.sublayers):
+            m = self._pre_norm(after, f"{name}.mlp_norm", spans, bank)
+            fed = with_bottlenecks(fed, m, (layer, "mlp_out"), spans, bank)
         if self.config.post_norms:
             fed = self._norm(fed, f"{name}.post_mlp_norm", spans, bank)
         return after + fed + attended if parallel else after + fed
 
-    def _attention(self, a: Tensor, layer: int, state: Pass) -> Tensor:
-        """Heads' outputs side by side, `[N, heads * head_dim]`."""
-        config = self.config
-        q, k, v = self._qkv(self._project(f"layers.{layer}.qkv", a, state.spans, state.bank), layer, state)
+    def _attention(self, h: Tensor, layer: int, state: Pass) -> Tensor:
+        """Heads' outputs side by side, `[N, heads * head_dim]`, for the residual stream h."""
+        config, name = self.config, f"layers.{layer}"
+        qkv = self._project_normed(f"{name}.qkv", h, f"{name}.attn_norm", state.spans, state.bank)
+        q, k, v = self._qkv(qkv, layer, state)
         if config.positions == "rope":
             cos, sin = state.angles[config.is_local(layer) and config.local_rope is not None]
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
@@ -316,15 +320,10 @@ class Decoder:
         spans = [Span(s.start * heads, s.stop * heads, s.index) for s in state.spans]
         return self._norm(x.reshape(rows * heads, dim), name, spans, state.bank).view(rows, heads, dim)
 
-    def _mlp(self, m: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
-        up = self._project(f"{name}.up", m, spans, bank)
+    def _mlp(self, h: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
+        up = self._project_normed(f"{name}.up", h, f"{name}.mlp_norm", spans, bank)
         down = f"{name}.down"
-        if (
-            self.config.gated
-            and down not in bank.split
-            and not bank.dropout
-            and not self._overridden(down, spans, bank)
-        ):
+        if self.config.gated and self._fuses(down, spans, bank):
             group, packed = self.groups[down], bank.groups.get(down)
             packs, own = packs_of(packed, spans)
             return gated_adapted_linear(up, self.config.activation, group.frozen, group.bias, packs, own)
@@ -334,6 +333,22 @@ class Decoder:
         else:
             hidden = activate(up, self.config.activation)
         return self._project(down, hidden, spans, bank)
+
+    def _project_normed(self, name: str, h: Tensor, norm: str, spans: Sequence[Span], bank: Bank) -> Tensor:
+        """The group's output for the normed residual stream. A frozen RMSNorm is part of the product, which then keeps only h."""
+        config, frozen_norm = self.config, not self._replaced(norm, spans, bank)
+        if not (config.pre_norms and config.norm != "layer" and frozen_norm and self._fuses(name, spans, bank)):
+            return self._project(name, self._pre_norm(h, norm, spans, bank), spans, bank)
+        group = self.groups[name]
+        packs, own = packs_of(bank.groups.get(name), spans)
+        weight = self.tensors[norm]
+        return norm_adapted_linear(
+            h, weight, config.norm_eps, group.frozen, group.bias, packs, own, offset=self._norm_offset
+        )
+
+    def _fuses(self, name: str, spans: Sequence[Span], bank: Bank) -> bool:
+        """Whether one product of the whole group serves all rows: nothing replaced, dropped out or scaled part by part."""
+        return name not in bank.split and not bank.dropout and not self._overridden(name, spans, bank)
 
     def _project(self, name: str, x: Tensor, spans: Sequence[Span], bank: Bank) -> Tensor:
         return project(self.groups[name], x, spans, bank, self._shared(name))
@@ -345,22 +360,35 @@ class Decoder:
         """The tensor that a tied head reads."""
         return f"{self.layout.embed_path}.weight" if name == "head" and self.config.tied_head else None
 
+    def _pre_norm(self, h: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
+        return self._norm(h, name, spans, bank) if self.config.pre_norms else h
+
     def _norm(self, x: Tensor, name: str, spans: Sequence[Span], bank: Bank) -> Tensor:
-        names = [self.layout.tensors[n] for n in (name, f"{name}_bias") if n in self.layout.tensors]
-        replaced = {index for index, own in enumerate(bank.overrides) if any(n in own for n in names)}
-        if not any(s.index in replaced for s in spans):
+        if not self._replaced(name, spans, bank):
             return self._apply_norm(x, name, {})
         pieces = []
         for s in spans:
             pieces.append(self._apply_norm(x[s.start : s.stop], name, bank.overrides[s.index] if s.index >= 0 else {}))
         return torch.cat(pieces)
 
+    def _replaced(self, norm: str, spans: Sequence[Span], bank: Bank) -> bool:
+        """Whether any row's adapter brings a weight or bias of its own for this norm."""
+        if not any(bank.overrides):
+            return False
+        names = [self.layout.tensors[n] for n in (norm, f"{norm}_bias") if n in self.layout.tensors]
+        return any(s.index >= 0 and any(n in bank.overrides[s.index] for n in names) for s in spans)
+
     def _apply_norm(self, x: Tensor, name: str, overrides: Mapping[str, Override]) -> Tensor:
         weight, bias = (self._tensor(n, overrides) for n in (name, f"{name}_bias"))
         assert weight is not None
         if self.config.norm == "layer":
             return layer_norm(x, weight, bias, self.config.norm_eps)
-        return rms_norm(x, weight, self.config.norm_eps, offset=1.0 if self.config.norm == "rms1" else 0.0)
+        return rms_norm(x, weight, self.config.norm_eps, offset=self._norm_offset)
+
+    @property
+    def _norm_offset(self) -> float:
+        """What is added to a stored RMSNorm weight: Gemma stores weight - 1."""
+        return 1.0 if self.config.norm == "rms1" else 0.0
 
     def _tensor(self, name: str, overrides: Mapping[str, Override]) -> Tensor | None:
         """A small tensor by its native name, or what stands in for it."""

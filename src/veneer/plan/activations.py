@@ -2,11 +2,12 @@
 
 A packed token costs, in a gated block with every projection adapted and 16-bit activations,
 
-    2 (4 h + 2 (H + K) d + 2 f) + 2 sum(R) + 4 H + 8   bytes a layer
+    2 (2 h + 2 (H + K) d + 2 f) + 2 sum(R) + 4 H   bytes a layer
 
 h hidden, H and K query and key heads of d, f the MLP width, R the ranks stacked on each group. There is no padding and no S x S
 term: attention keeps q, k, v, its output and one log-sum-exp a head. act(gate) * up is computed again, so f counts twice and not
-four times. A frozen projection keeps its input only where it carries an adapter, and nothing is kept below the lowest adapter.
+four times; so is an RMSNorm before a product, so h counts twice and not four times. A frozen projection without such a norm keeps
+its input only where it carries an adapter, and nothing is kept below the lowest adapter.
 """
 
 from __future__ import annotations
@@ -58,19 +59,29 @@ def saved(config: DecoderConfig, traffic: Traffic, itemsize: int, layer: int) ->
 
 
 def _norm(config: DecoderConfig, itemsize: int) -> float:
-    """A norm keeps its input and one or two statistics."""
+    """A norm that stands alone keeps its input and one or two statistics."""
     return config.hidden * itemsize + STATISTIC * (2 if config.norm == "layer" else 1)
+
+
+def _normed_product(
+    config: DecoderConfig, itemsize: int, norm: str, group: str, *, flows: bool, adapted: bool
+) -> dict[str, float]:
+    """What a pre-norm and the product after it keep. An RMSNorm is part of the product, which keeps the residual stream alone."""
+    wide = config.hidden * itemsize
+    if config.pre_norms and config.norm != "layer":
+        return {f"{norm} input": wide} if flows or adapted else {}
+    kept = {f"{norm} input": _norm(config, itemsize)} if flows and config.pre_norms else {}
+    return kept | ({f"{group} input": wide} if adapted else {})
 
 
 def _attention(config: DecoderConfig, traffic: Traffic, itemsize: int, layer: int, flows: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     heads, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    if flows and config.pre_norms:
-        found["attn_norm input"] = _norm(config, itemsize)
-    if traffic.adapted(layer, "qkv"):
-        found["qkv input"] = config.hidden * itemsize
+    adapted = traffic.adapted(layer, "qkv")
+    found |= _normed_product(config, itemsize, "attn_norm", "qkv", flows=flows, adapted=adapted)
+    if adapted:
         found["qkv shrink"] = traffic.shrink(layer, "qkv") * itemsize
-    if flows or traffic.adapted(layer, "qkv"):
+    if flows or adapted:
         if config.qk_norm is not None:
             found["q, k before their norms"] = (heads + keys) * itemsize
         found["q, k, v"] = (heads + 2 * keys) * itemsize
@@ -79,7 +90,7 @@ def _attention(config: DecoderConfig, traffic: Traffic, itemsize: int, layer: in
     if traffic.adapted(layer, "o"):
         found["attention output"] = heads * itemsize
         found["o shrink"] = traffic.shrink(layer, "o") * itemsize
-    if config.post_norms and (flows or traffic.adapted(layer, "qkv") or traffic.adapted(layer, "o")):
+    if config.post_norms and (flows or adapted or traffic.adapted(layer, "o")):
         found["post_attn_norm input"] = _norm(config, itemsize)
     return found
 
@@ -88,10 +99,10 @@ def _mlp(config: DecoderConfig, traffic: Traffic, itemsize: int, layer: int, rea
     found: dict[str, float] = {}
     up, down = traffic.adapted(layer, "up"), traffic.adapted(layer, "down")
     width = config.intermediate * itemsize
-    if reached and config.pre_norms and config.block == "sequential":
-        found["mlp_norm input"] = _norm(config, itemsize)
+    found |= _normed_product(config, itemsize, "mlp_norm", "up", flows=reached, adapted=up)
+    if config.block == "parallel":  # both norms read the same residual stream, counted above
+        found.pop("mlp_norm input", None)
     if up:
-        found["up input"] = config.hidden * itemsize
         found["up shrink"] = traffic.shrink(layer, "up") * itemsize
     if reached or up or down:
         found["gate, up" if config.gated else "up"] = width * (2 if config.gated else 1)
