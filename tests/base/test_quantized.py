@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.base.quantized import QUANTISATIONS, QuantizedFrozen, QuantizedHost, quantize_parts
+from veneer.base.formats import load_all as load_formats
+from veneer.base.quantized import QuantizedFrozen, QuantizedHost, quantize_parts
 from veneer.errors import ConfigError
 from veneer.ops.low_rank import Frozen, Pack, adapted_linear
 from veneer.ops.scratch import Scratch
@@ -18,7 +19,7 @@ def weights() -> list[Tensor]:
     return [torch.randn(rows, 64, generator=g) for rows in (48, 16, 16)]
 
 
-@pytest.mark.parametrize("name", sorted(QUANTISATIONS))
+@pytest.mark.parametrize("name", sorted(load_formats()))
 def test_group_is_its_parts(name: str) -> None:
     parts = quantize_parts(weights(), name)
     frozen = QuantizedFrozen(parts, torch.float32, Scratch())
@@ -30,7 +31,7 @@ def test_group_is_its_parts(name: str) -> None:
     assert frozen.nbytes < dense.numel() * 2
 
 
-@pytest.mark.parametrize("name", sorted(QUANTISATIONS))
+@pytest.mark.parametrize("name", sorted(load_formats()))
 def test_host(name: str) -> None:
     (storage,) = quantize_parts(weights()[:1], name)
     host = QuantizedHost(storage, torch.bfloat16, torch.ones(48).bfloat16())

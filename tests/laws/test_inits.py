@@ -7,7 +7,7 @@ import torch
 
 from tests.laws.world import HIDDEN, fresh, host_of, method, stats_for, unshifted_inits, world
 from veneer.base.host import DenseHost
-from veneer.base.quantized import QUANTISATIONS
+from veneer.base.formats import load_all as load_formats
 from veneer.errors import ConfigError
 from veneer.inits import INITS, InitStats, needs
 from veneer.inits.data_driven import spread_ranks
@@ -127,7 +127,7 @@ def test_lora_ga_never_shifts_further_than_the_weight() -> None:
 
 
 def nf4(weight: torch.Tensor) -> torch.Tensor:
-    return QUANTISATIONS["nf4"](weight).dequantise(torch.empty_like(weight))
+    return load_formats()["nf4"](weight).dequantise(torch.empty_like(weight))
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from veneer.adapter import Adapter, Part
 from veneer.base.host import DenseHost, Host
-from veneer.base.quantized import QUANTISATIONS, QuantizedHost
+from veneer.base.formats import load_all as load_formats
+from veneer.base.quantized import QuantizedHost
 from veneer.inits import INITS, InitStats
 from veneer.inits import load_all as load_inits
 from veneer.inject.create import create
@@ -49,7 +50,7 @@ def host_of(kind: str, out: int, inp: int, seed: int = 0) -> Host:
         return DenseHost(weight.t().contiguous(), bias, kind="conv1d")
     if kind == "embedding":
         return DenseHost(weight.t().contiguous(), kind="embedding")
-    return QuantizedHost(QUANTISATIONS[kind](weight), torch.float32, bias)
+    return QuantizedHost(load_formats()[kind](weight), torch.float32, bias)
 
 
 @dataclass(frozen=True)

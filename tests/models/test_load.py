@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.models import tiny
+from veneer.base.formats import load_all as load_formats
 from veneer.errors import ConfigError, FormatError, NotFound, ResourceError, Unsupported, VeneerError
 from veneer.models import cache, convert, mapped, sources
 from veneer.models.base import bound
@@ -120,7 +121,7 @@ def test_later_loads_do_not_read_the_checkpoint(folder: Path, monkeypatch: pytes
     load_base(folder, dtype="float32")
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("quantize", sorted(load_formats()))
 def test_quantised_projections_give_nearly_the_same_scores(folder: Path, quantize: str) -> None:
     full, small = load_base(folder, dtype="float32"), load_base(folder, dtype="float32", quantize=quantize)
     wanted, found = full.logits(IDS), small.logits(IDS)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.ops import blocks, nf4
+from veneer.base.formats.bof4 import TABLE as BOF4
+from veneer.base.formats.fp4 import TABLE as FP4
+from veneer.ops import blocks, four_bit, nf4
 from veneer.ops.attention import attention
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.gated import gated_reference
@@ -197,10 +199,12 @@ def test_cross_entropy() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("block", [32, 64, 256])
-def test_nf4(block: int) -> None:
-    stored = nf4.quantise(torch.randn(24, 256, generator=torch.Generator().manual_seed(0)), block=block)
+@pytest.mark.parametrize("table", [nf4.TABLE, FP4, BOF4], ids=["nf4", "fp4", "bof4-s"])
+def test_four_bits(block: int, table: four_bit.Table) -> None:
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    stored = four_bit.quantise(weight, table, block=block)
     out = torch.empty(24 * 256, dtype=torch.bfloat16)
-    assert rows.nf4_dequantise(stored.packed, stored.scales(), block, nf4.levels(), out)
+    assert rows.dequantise_four_bit(stored.packed, stored.scales(), block, table.values, out)
     assert torch.equal(out.view(24, 256), stored.dequantise(torch.empty(24, 256)).bfloat16())
 
 

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from veneer.base.quantized import QUANTISATIONS, quantize_parts
+from veneer.base.formats import load_all as load_formats
+from veneer.base.quantized import quantize_parts
 from veneer.errors import ConfigError
 from veneer.models.checkpoint import shapes
 from veneer.models.families import FAMILIES, decoder_config, layout
-from veneer.plan.bytes import FORMATS, base_bytes, linear_bytes
+from veneer.plan.bytes import base_bytes, linear_bytes, stored_bytes
 from veneer.plan.sizes import KNOWN, known_base, sizes_of
 
 SMALL = {
@@ -43,11 +44,11 @@ def test_parameters_are_the_tensors_of_the_checkpoint(family: str, tied: bool) -
     assert base_bytes(sizes, "bfloat16", "nf4") == linear_bytes(sizes, "nf4") + 2 * (sizes.parameters - sizes.in_linear)
 
 
-@pytest.mark.parametrize("name", sorted(QUANTISATIONS))
+@pytest.mark.parametrize("name", sorted(load_formats()))
 @pytest.mark.parametrize("size", [(64, 64), (130, 66), (1, 1), (300, 512)])
 def test_quantised_bytes_are_the_tensors_that_are_kept(name: str, size: tuple[int, int]) -> None:
     (stored,) = quantize_parts([torch.randn(size)], name)
-    assert FORMATS[name](*size) == stored.nbytes
+    assert stored_bytes(name, *size) == stored.nbytes
 
 
 @pytest.mark.parametrize(

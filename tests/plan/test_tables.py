@@ -7,12 +7,12 @@ import pytest
 from veneer.methods import parse
 from veneer.models.families import decoder_config, layout
 from veneer.plan.bytes import (
-    FORMATS,
     FULL_RECIPES,
     TRAINED,
     base_bytes,
     block_activations,
     linear_bytes,
+    stored_bytes,
 )
 from veneer.plan.counts import adapter_parameters
 from veneer.plan.sizes import KNOWN, Sizes, sizes_of
@@ -159,8 +159,8 @@ def test_full_fine_tuning_conventions() -> None:
 def test_bits_of_nf4() -> None:
     """4.5 bits a weight, 4.127 with double quantisation."""
     rows, columns = 4096, 4096
-    assert 8 * FORMATS["nf4"](rows, columns) / rows / columns == 4.5
-    assert near(8 * FORMATS["nf4-dq"](rows, columns) / rows / columns, 4.127)
+    assert 8 * stored_bytes("nf4", rows, columns) / rows / columns == 4.5
+    assert near(8 * stored_bytes("nf4-dq", rows, columns) / rows / columns, 4.127)
 
 
 @pytest.mark.parametrize(

@@ -9,43 +9,18 @@ so three tensors quantised together would be other numbers than those in the fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.base.formats import Storage, load_all
 from veneer.base.host import Host
-from veneer.ops import int8, nf4
 from veneer.ops.frozen import product
 from veneer.ops.scratch import Scratch
-from veneer.registry import Registry
 from veneer.types import HostKind, HostShape
-
-
-@runtime_checkable
-class Storage(Protocol):
-    """A quantised weight `[out, in]`."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def nbytes(self) -> int: ...
-
-    def dequantise(self, out: Tensor) -> Tensor:
-        """Write the dense weight into `out`, contiguous `[out, in]` of any float dtype, and return it."""
-
-
-Quantise: TypeAlias = Callable[[Tensor], Storage]
-
-QUANTISATIONS: Registry[Quantise] = Registry("quantisation")
-"""Name -> dense weight `[out, in]` to storage."""
-QUANTISATIONS["nf4"] = nf4.quantise
-QUANTISATIONS["nf4-dq"] = partial(nf4.quantise, double=True)
-QUANTISATIONS["int8"] = int8.quantise
 
 
 class QuantizedHost(Host):
@@ -102,10 +77,14 @@ class QuantizedFrozen:
         return dense
 
     def apply(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
-        pieces = [int8.few_rows(x, part) for part in self.parts if isinstance(part, int8.Int8Rows)]
-        whole = [piece for piece in pieces if piece is not None]
-        if len(whole) == len(self.parts):
-            return whole[0] if len(whole) == 1 else torch.cat(whole, dim=1)
+        pieces: list[Tensor] = []
+        for part in self.parts:
+            piece = part.few_rows(x)
+            if piece is None:
+                break
+            pieces.append(piece)
+        else:
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         with self.scratch.borrow((self.out_features, self.in_features), self.dtype) as dense:
             return product(x, self._fill(dense).t())
 
@@ -115,6 +94,6 @@ class QuantizedFrozen:
 
 
 def quantize_parts(weights: Sequence[Float[Tensor, "_ inp"]], name: str) -> tuple[Storage, ...]:
-    """Each weight `[out, in]` by itself. `name` is a key of `QUANTISATIONS`."""
-    quantise = QUANTISATIONS[name]
-    return tuple(quantise(weight) for weight in weights)
+    """Each weight `[out, in]` by itself, in the format called `name` (a file of `base/formats/`)."""
+    format = load_all()[name]
+    return tuple(format(weight) for weight in weights)

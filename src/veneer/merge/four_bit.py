@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -31,7 +31,8 @@ from veneer.merge.file import Merged, belongs, stream
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, write_shards
 from veneer.models.base import Base
 from veneer.models.families import decoder_config, layout
-from veneer.ops import nf4
+from veneer.ops import four_bit, nf4
+from veneer.ops.four_bit import FourBit
 
 Route: TypeAlias = Literal["original", "stochastic"]
 ENOUGH = 0.9
@@ -141,13 +142,13 @@ class _Job:
 
     def _entries(self, entry: Entry) -> list[Entry]:
         count = entry.shape[0] * entry.shape[1]
-        blocks = -(-count // nf4.BLOCK)
+        blocks = -(-count // four_bit.BLOCK)
         name = entry.name
         made = [Entry(name, torch.uint8, (-(-count // 2), 1))]
         scales = torch.uint8 if self.double else torch.float32
         made += [Entry(f"{name}.absmax", scales, (blocks,)), Entry(f"{name}.quant_map", torch.float32, (16,))]
         if self.double:
-            made.append(Entry(f"{name}.nested_absmax", torch.float32, (-(-blocks // nf4.ABSMAX_BLOCK),)))
+            made.append(Entry(f"{name}.nested_absmax", torch.float32, (-(-blocks // four_bit.SCALE_BLOCK),)))
             made.append(Entry(f"{name}.nested_quant_map", torch.float32, (256,)))
         return [*made, Entry(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (STATE_BYTES,))]
 
@@ -178,22 +179,22 @@ class _Job:
         return _tensors(name, stored, str(original.dtype).removeprefix("torch."))
 
 
-def stochastic(weight: Tensor, generator: torch.Generator, *, double: bool) -> nf4.NF4:
+def stochastic(weight: Tensor, generator: torch.Generator, *, double: bool) -> FourBit:
     """NF4 whose expected value is `weight`, within each block's range. With `double` the scales are rounded first."""
     nearest = nf4.quantise(weight, double=double)
     flat = weight.reshape(-1).float()
     scale = nearest.scales().repeat_interleave(nearest.block)[: flat.numel()]
-    value = (flat / scale.clamp_min(nf4.TINY)).clamp(-1, 1)
-    levels = nf4.levels()
+    value = (flat / scale.clamp_min(four_bit.TINY)).clamp(-1, 1)
+    levels = nearest.table.values
     low = (torch.bucketize(value, levels, right=True) - 1).clamp(0, len(levels) - 2)
     share = (value - levels[low]) / (levels[low + 1] - levels[low])
     codes = low + (torch.rand(flat.shape, generator=generator) < share)
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     packed = ((codes[::2] << 4) | codes[1::2]).to(torch.uint8)
-    return nf4.NF4(packed, nearest.absmax, nearest.shape, nearest.block)
+    return replace(nearest, packed=packed)
 
 
-def _tensors(name: str, stored: nf4.NF4, dtype: str) -> dict[str, Tensor]:
+def _tensors(name: str, stored: FourBit, dtype: str) -> dict[str, Tensor]:
     """The tensors of one weight, as bitsandbytes names them."""
     state: dict[str, object] = {
         "quant_type": "nf4",
@@ -201,20 +202,20 @@ def _tensors(name: str, stored: nf4.NF4, dtype: str) -> dict[str, Tensor]:
         "dtype": dtype,
         "shape": list(stored.shape),
     }
-    found = {name: stored.packed[:, None], f"{name}.quant_map": nf4.levels()}
+    found = {name: stored.packed[:, None], f"{name}.quant_map": stored.table.values}
     if isinstance(stored.absmax, Tensor):
         found[f"{name}.absmax"] = stored.absmax
     else:
         second = stored.absmax
         state |= {
-            "nested_blocksize": nf4.ABSMAX_BLOCK,
+            "nested_blocksize": four_bit.SCALE_BLOCK,
             "nested_dtype": "float32",
             "nested_offset": float(second.offset),
         }
         found |= {
             f"{name}.absmax": second.codes,
             f"{name}.nested_absmax": second.absmax,
-            f"{name}.nested_quant_map": nf4.dynamic_code(),
+            f"{name}.nested_quant_map": four_bit.dynamic_code(),
         }
     text = json.dumps(state).encode().ljust(STATE_BYTES)
     found[f"{name}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from veneer.base.quantized import QUANTISATIONS
+from veneer.base.formats import load_all
 from veneer.errors import ConfigError, FormatError, Unsupported
 from veneer.models import mapped
 from veneer.models.base import Base
@@ -61,7 +61,7 @@ def open_converted(found: Converted, name: str, device: torch.device, source: st
         tensors = {n: tensor.to(device) for n, tensor in tensors.items()}
     held: Mapping[str, Tensor | Frozen] = tensors
     if found.quantize is not None:
-        held = unpack(where, tensors, found.dtype)
+        held = unpack(where, tensors, found.dtype, found.quantize)
     wrong = [n for n, shape in native_shapes(config, where).items() if n not in held or _shape(held[n]) != shape]
     if wrong:
         raise FormatError(
@@ -78,7 +78,8 @@ def _shape(held: Tensor | Frozen) -> tuple[int, ...]:
 
 
 def _require_quantisation(quantize: str, device: torch.device) -> None:
-    if quantize not in QUANTISATIONS:
-        raise ConfigError(f"quantize is {quantize!r}", help=did_you_mean(quantize, list(QUANTISATIONS)))
+    known = load_all()
+    if quantize not in known:
+        raise ConfigError(f"quantize is {quantize!r}", help=did_you_mean(quantize, list(known)))
     if device.type != "cpu":
         raise Unsupported(f"quantised bases run on the CPU, not on {device}", help='device="cpu", or quantize=None')

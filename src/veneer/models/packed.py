@@ -11,12 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.base.quantized import QuantizedFrozen, Storage, quantize_parts
-from veneer.errors import Unsupported
-from veneer.models.config import Layout, PartSpec
-from veneer.ops.int8 import Int8Rows
+from veneer.base.formats import load_all
+from veneer.base.quantized import QuantizedFrozen, quantize_parts
+from veneer.models.config import Layout
 from veneer.ops.low_rank import Frozen
-from veneer.ops.nf4 import NF4, DoubleQuantised
 from veneer.ops.scratch import Scratch
 
 
@@ -28,37 +26,24 @@ def pack(where: Layout, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
             weight = found.pop(group.name)
             rows = [weight[part.start : part.stop] for part in group.parts]
             for part, storage in zip(group.parts, quantize_parts(rows, name), strict=True):
-                found |= {f"{part.path}:{field}": tensor for field, tensor in _taken_apart(storage).items()}
+                found |= {f"{part.path}:{field}": tensor for field, tensor in storage.tensors().items()}
     return found
 
 
-def unpack(where: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor | Frozen]:
-    """The decoder's tensors and products out of what `pack` made; nothing is copied."""
-    scratch = Scratch()
-    found: dict[str, Tensor | Frozen] = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+def unpack(where: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> dict[str, Tensor | Frozen]:
+    """The decoder's tensors and products out of what `pack` made in the format `name`; nothing is copied."""
+    scratch, restore = Scratch(), load_all()[name].restore
+    fields: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Tensor | Frozen] = {}
+    for key, tensor in tensors.items():
+        path, colon, field = key.partition(":")
+        if colon:
+            fields.setdefault(path, {})[field] = tensor
+        else:
+            found[key] = tensor
     for group in where.groups:
         if group.name != "head":
-            parts = tuple(_put_together(tensors, part, group.in_features) for part in group.parts)
+            sizes = {part.path: (part.stop - part.start, group.in_features) for part in group.parts}
+            parts = tuple(restore(fields[path], size) for path, size in sizes.items())
             found[group.name] = QuantizedFrozen(parts, dtype, scratch)
     return found
-
-
-def _taken_apart(storage: Storage) -> dict[str, Tensor]:
-    if isinstance(storage, Int8Rows):
-        return {"codes": storage.codes, "absmax": storage.absmax}
-    if not isinstance(storage, NF4):
-        raise Unsupported(f"a {type(storage).__name__} cannot be kept in a file")
-    scales = storage.absmax
-    if isinstance(scales, DoubleQuantised):
-        return {"packed": storage.packed, "codes": scales.codes, "absmax": scales.absmax, "offset": scales.offset}
-    return {"packed": storage.packed, "absmax": scales}
-
-
-def _put_together(tensors: Mapping[str, Tensor], part: PartSpec, in_features: int) -> Storage:
-    path = part.path
-    absmax = tensors[f"{path}:absmax"]
-    if f"{path}:packed" not in tensors:
-        return Int8Rows(tensors[f"{path}:codes"], absmax)
-    double = f"{path}:offset" in tensors
-    scales = DoubleQuantised(tensors[f"{path}:codes"], absmax, tensors[f"{path}:offset"]) if double else absmax
-    return NF4(tensors[f"{path}:packed"], scales, (part.stop - part.start, in_features))

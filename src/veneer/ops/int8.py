@@ -36,9 +36,17 @@ class Int8Rows:
         """The scale of each row in bf16, for `few_rows`."""
         return (self.absmax / 127.0).bfloat16()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps."""
+        return {"codes": self.codes, "absmax": self.absmax}
+
     def dequantise(self, out: Tensor) -> Tensor:
         """Write the weight into `out` `[rows, columns]`, rounded once from fp32 to its dtype."""
         return dequantise(self, out)
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x W^T from the codes where they lie, for few rows in bf16."""
+        return few_rows(x, self)
 
 
 FEW = 8

@@ -10,57 +10,29 @@ The surprise: 16 bytes a number is right for two different reasons; see `FULL_RE
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
+from veneer.base.formats import load_all
 from veneer.plan.sizes import Sizes
 from veneer.registry import Registry
 
-BLOCK = 64
-"""Weights that share one absmax in NF4."""
-DQ_BLOCK = 256
-"""Absmax values that share one scale in double quantisation."""
-
-FORMATS: Registry[Callable[[int, int], int]] = Registry("weight format")
-"""Name -> bytes of a frozen `[rows, columns]` weight."""
-FORMATS["float32"] = lambda rows, columns: 4 * rows * columns
-FORMATS["bfloat16"] = lambda rows, columns: 2 * rows * columns
-FORMATS["float16"] = FORMATS["bfloat16"]
+DENSE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number."""
 
 
-@FORMATS.register("nf4")
-def _nf4(rows: int, columns: int) -> int:
-    """Two numbers a byte, and one fp32 absmax for every 64."""
-    numbers = rows * columns
-    return _ceil(numbers, 2) + 4 * _ceil(numbers, BLOCK)
-
-
-@FORMATS.register("nf4-dq")
-def _nf4_dq(rows: int, columns: int) -> int:
-    """The absmax values in 8 bits, one fp32 scale for 256 of them, and one fp32 mean."""
-    numbers = rows * columns
-    blocks = _ceil(numbers, BLOCK)
-    return _ceil(numbers, 2) + blocks + 4 * _ceil(blocks, DQ_BLOCK) + 4
-
-
-@FORMATS.register("int8")
-def _int8(rows: int, columns: int) -> int:
-    """One byte a number, and one fp32 scale a row."""
-    return rows * columns + 4 * rows
-
-
-def _ceil(count: int, size: int) -> int:
-    return -(-count // size)
+def stored_bytes(format: str, rows: int, columns: int) -> int:
+    """A frozen `[rows, columns]` weight in a dtype, or in a format of `base/formats/`."""
+    return DENSE[format] * rows * columns if format in DENSE else load_all()[format].nbytes(rows, columns)
 
 
 def linear_bytes(sizes: Sizes, format: str) -> int:
     """The projections in `format`, each tensor quantised by itself as in the file."""
-    return sum(FORMATS[format](rows, columns) for rows, columns in sizes.linear)
+    return sum(stored_bytes(format, rows, columns) for rows, columns in sizes.linear)
 
 
 def base_bytes(sizes: Sizes, dtype: str, quantize: str | None = None) -> int:
     """A frozen base in memory: projections in `quantize` (or `dtype`), everything else in `dtype`."""
-    rest = FORMATS[dtype](1, sizes.embedding + sizes.head + sizes.other)
+    rest = stored_bytes(dtype, 1, sizes.embedding + sizes.head + sizes.other)
     return linear_bytes(sizes, quantize or dtype) + rest
 
 

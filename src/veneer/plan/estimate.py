@@ -13,11 +13,9 @@ from veneer.methods import Method
 from veneer.models.config import DecoderConfig, Layout
 from veneer.ops.loss import chunk_rows
 from veneer.plan.activations import Traffic, activation_bytes, logits_bytes, workspace_bytes
-from veneer.plan.bytes import GRADIENT, MASTER, MOMENTS, base_bytes, copies_bytes
+from veneer.plan.bytes import DENSE, GRADIENT, MASTER, MOMENTS, base_bytes, copies_bytes
 from veneer.plan.counts import Counted, adapter_tensors
 from veneer.plan.sizes import sizes_of
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Seque
     tensors = list(adapter_tensors(spec, layout.base_shape(config), targets))
     trained = sum(t.numbers for t in tensors if t.trained)
     stored = sum(t.numbers for t in tensors)
-    itemsize = ITEMSIZE[work.dtype]
+    itemsize = DENSE[work.dtype]
     traffic = traffic_of(layout, spec, tensors, work.label_share)
     labels = round(work.tokens * work.label_share)
     return Estimate(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from veneer.base import formats
 from veneer.errors import ConfigError, NotFound, listed
 from veneer.methods import METHODS, Method, load_all, parse
 from veneer.registry import did_you_mean
@@ -61,6 +62,7 @@ class TrainConfig(Section):
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: Literal["auto", "none", "all"] = "auto"
+    tensorboard: bool = Field(False, description="also write events for TensorBoard into the run directory")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,11 +77,18 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     base: str
-    quantize: Literal["nf4", "nf4-dq", "int8"] | None = None
+    quantize: str | None = Field(None, description="format of the base's projections: nf4, nf4-dq, int8, ...")
     data: DataConfig
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
     train: TrainConfig = TrainConfig()
     out: Path
+
+    @field_validator("quantize")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is not None and value not in (known := formats.load_all()):
+            raise ValueError(f"no base format is called '{value}'; {did_you_mean(value, list(known))}")
+        return value
 
     def spec(self) -> Method:
         """The method that the `method` section declares."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, ResourceError
-from veneer.ops.nf4 import dynamic_code
+from veneer.ops.four_bit import dynamic_code
 from veneer.train.config import TrainConfig
 from veneer.train.optim import OPTIMIZERS, FlatParameters, FlatState, groups_of
 

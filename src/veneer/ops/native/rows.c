@@ -143,7 +143,7 @@ void scale_backward(const bf16 *dy, long dy_row, const bf16 *y, long rows, long 
 }
 
 /* Two codes a byte, the first in the high half; blocks of `block` values, a multiple of 32, share a scale. */
-void nf4_dequantise(const uint8_t *packed, const float *scales, long blocks, long block, const float *levels, bf16 *out, int threads) {
+void dequantise_four_bit(const uint8_t *packed, const float *scales, long blocks, long block, const float *levels, bf16 *out, int threads) {
     const __m512 table = _mm512_loadu_ps(levels);
 #pragma omp parallel for num_threads(threads)
     for (long b = 0; b < blocks; b++)

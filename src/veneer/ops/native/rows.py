@@ -146,12 +146,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Ten
     return nll
 
 
-def nf4_dequantise(packed: Tensor, scales: Tensor, block: int, levels: Tensor, out: Tensor) -> bool:
-    """Fill `out` (flat, whole blocks); False where the plain form has to."""
+def dequantise_four_bit(packed: Tensor, scales: Tensor, block: int, levels: Tensor, out: Tensor) -> bool:
+    """levels `[16]` by code. Fill `out` (flat, whole blocks); False where the plain form has to."""
     kernels = _kernels(out)
     if kernels is None or block % 32 or len(out) % block:
         return False
-    kernels.nf4_dequantise(
+    kernels.dequantise_four_bit(
         _pointer(packed),
         _pointer(scales),
         c_long(len(out) // block),
