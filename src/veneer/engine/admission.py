@@ -51,7 +51,7 @@ class Admission:
             self.refused.append((answer, error))
             return "later"
         self._stored_prefix(answer)  # using it now keeps it from being dropped for its own sake
-        dropped = self._book.promise(seq.id, capacity(seq.most_positions))
+        dropped = self._book.promise(seq.id, capacity(seq.most_positions), seq.adapter)
         if dropped is None:
             return "full"
         self._arena.close_all(dropped)
@@ -84,6 +84,11 @@ class Admission:
         """More of the sequence has been stored: others may start from it."""
         if answer.chain is not None:
             self._book.wrote(answer.seq.id, answer.chain.extend(answer.seq.tokens, answer.seq.stored))
+
+    def forget(self, adapter: str) -> None:
+        """Let nobody start from what sequences of this adapter have stored up to now."""
+        if adapter:
+            self._arena.close_all(self._book.forget(adapter))
 
     def _adapter_ready(self, answer: Answer, now: float) -> Verdict:
         recipe, slots = answer.ticket.recipe, self._residency.slots

@@ -50,18 +50,28 @@ class Resident:
 
 def prepare(parts: Sequence[tuple[Adapter, float]], base: Base) -> Resident:
     """Check, lower and pack adapters with their factors for this base. Every problem found is in the one error."""
-    decoder = base.decoder
-    with torch.no_grad():
-        for adapter, _ in parts:
-            check(adapter)
-        lowered = compose([_weighted(adapter, factor, base) for adapter, factor in parts])
-        _check_shapes(lowered, base)
-        _check_prefix(lowered, decoder)
-        bank = Bank.of([lowered], decoder.groups, decoder.layout.embed_path)
-        bank = _expanding_by_rank(
-            bank.map_tensors(lambda tensor: tensor.detach().to(decoder.device, decoder.dtype).contiguous())
-        )
     digest = "+".join(a.digest if f == 1.0 else f"{a.digest}*{f:g}" for a, f in parts)
+    with torch.no_grad():
+        return resident_of(lowered_for(parts, base), base, digest)
+
+
+def lowered_for(parts: Sequence[tuple[Adapter, float]], base: Base) -> Lowered:
+    """Adapters with their factors as primitives that fit this base."""
+    for adapter, _ in parts:
+        check(adapter)
+    lowered = compose([_weighted(adapter, factor, base) for adapter, factor in parts])
+    _check_shapes(lowered, base)
+    _check_prefix(lowered, base.decoder)
+    return lowered
+
+
+def resident_of(lowered: Lowered, base: Base, digest: str) -> Resident:
+    """Primitives in the dtype and layout that steps read."""
+    decoder = base.decoder
+    bank = Bank.of([lowered], decoder.groups, decoder.layout.embed_path)
+    bank = _expanding_by_rank(
+        bank.map_tensors(lambda tensor: tensor.detach().to(decoder.device, decoder.dtype).contiguous())
+    )
     return Resident(bank, digest, lowered.invocation, sum(t.nbytes for t in _tensors(bank)))
 
 

@@ -26,6 +26,8 @@ from veneer.adapter import Adapter
 from veneer.engine.admission import Admission
 from veneer.engine.answer import Answer
 from veneer.engine.arena import capacity
+from veneer.engine.dense import servable
+from veneer.engine.hot import Heat, Hot
 from veneer.engine.intake import Intake, Ticket, speller_of
 from veneer.engine.kvcache import KVBook
 from veneer.engine.request import Event, Failed, Finished, FinishReason, Request
@@ -36,22 +38,23 @@ from veneer.engine.scheduler import Limits, Scheduler, Seq
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
-from veneer.errors import Busy, Conflict, FormatError, ResourceError, VeneerError
+from veneer.errors import Busy, Conflict, FormatError, ResourceError, Unsupported, VeneerError
 from veneer.models.base import Base
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: for metrics."""
+    """What one step did: for metrics. `merged`: on the merged set of the hot adapter."""
 
     decoded: int
     prefilled: int
     adapters: int
     seconds: float
+    merged: bool = False
 
 
 class Engine:
-    """Continuous batching over one base.
+    """Continuous batching over one base. A 4-bit base is dequantised once: `dequantised_bytes` says what that takes.
 
     source         where adapter names are looked up that were not added here (the library, in the server)
     limits         streams, adapters and tokens per step
@@ -78,9 +81,12 @@ class Engine:
         free = psutil.virtual_memory().available // 4
         if reproducible:
             self.limits = replace(self.limits, fixed=self.limits.fixed or 256)
-        self._runner = Runner(base.decoder, alone=reproducible)
+        self._reproducible = reproducible
+        decoder, self.dequantised_bytes = servable(base)
+        self._runner = Runner(decoder, alone=reproducible)
         self.book = KVBook(free if kv_bytes is None else kv_bytes, self._runner.arena.position_bytes)
         self.residency = Residency(base, source, free if adapter_bytes is None else adapter_bytes)
+        self._hot = Hot(base, decoder, self.residency.slots)
         config = base.config
         self._answers: dict[int, Answer] = {}
         self._admission = Admission(
@@ -131,8 +137,33 @@ class Engine:
 
     def unload(self, digest: str) -> int:
         """Free an adapter's memory once nobody uses it; bytes freed at once. Its name stays known."""
-        freed = self.residency.unload(digest)
+        freed = self.cool() if self._hot.adapter == digest else 0
+        freed += self.residency.unload(digest)
         self._runner.forget_bank()
+        return freed
+
+    # -- one adapter merged beside the base ----------------------------------------------------------------------------
+
+    @property
+    def hot(self) -> Heat:
+        """The adapter that is merged beside the base, what it costs, and how far that is."""
+        return self._hot.heat
+
+    def heat(self, name: str) -> Heat:
+        """Begin to merge an adapter into a second set of tensors beside the base; `hot` tells the end.
+
+        From then on, steps with nobody else in them run at the speed of the bare base; all others are served as before. One
+        adapter at a time (Conflict). What can't be merged fails with its reason.
+        """
+        if self._reproducible:
+            raise Unsupported("in the reproducible mode nothing is merged: answers would depend on when it was done")
+        return self._hot.start(self.residency.resolve(name), self._clock())
+
+    def cool(self) -> int:
+        """Drop the merged set; its bytes. The next step runs on the base, whose checksum is verified in the background."""
+        digest = self._hot.adapter
+        freed = self._hot.drop()
+        self._admission.forget(digest)
         return freed
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -182,13 +213,31 @@ class Engine:
         """Adapters that are being loaded now."""
         return self.residency.loading
 
+    @property
+    def on_loaded(self) -> Callable[[], None] | None:
+        """Called on a worker thread when something waits to be published, so that whoever sleeps can wake up."""
+        return self.residency.on_loaded
+
+    @on_loaded.setter
+    def on_loaded(self, wake: Callable[[], None] | None) -> None:
+        self.residency.on_loaded = self._hot.on_change = wake
+
     def publish(self) -> None:
-        """Make adapters visible whose loading has ended. `step` does this too; an idle engine has to be told."""
-        self.residency.publish(self._clock())
+        """Make adapters visible whose loading or merging has ended. `step` does this too; an idle engine has to be told."""
+        now = self._clock()
+        self.residency.publish(now)
+        self._hot.publish(now)
 
     def wait(self, timeout: float | None = None) -> None:
         """Until an adapter has been loaded: the thing to do when `step` gave nothing."""
         self.residency.wait(timeout)
+
+    def settle(self) -> Heat:
+        """Wait until nothing is being merged or checked, and publish it."""
+        while self._hot.working:
+            self._hot.wait()
+            self._hot.publish(self._clock())
+        return self.hot
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Run requests to their end.
@@ -226,8 +275,9 @@ class Engine:
         return [[choices[c] for c in sorted(choices)] for choices in found.values()]
 
     def close(self) -> None:
-        """Stop the loading thread."""
+        """Stop the loading threads."""
         self.residency.close()
+        self._hot.close()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -246,9 +296,11 @@ class Engine:
             return events
         start = time.perf_counter()
         residents = {
-            key: self.residency.payload(key) for key in {s.adapter for s in self.scheduler.running if s.adapter}
+            key: self.residency.payload(key) for key in {seq.adapter for seq in step.seqs if seq.adapter}
         }
-        scores = self._runner.run(step, residents)
+        merged = bool(self._hot.adapter) and residents.keys() == {self._hot.adapter}
+        merged = merged and all(seq.adapter for seq in step.seqs)
+        scores = self._runner.run(step, residents, self._hot.merged if merged else None)
         for seq in step.seqs:
             self._admission.note(self._answers[seq.id])
         for batch in scores:
@@ -256,7 +308,7 @@ class Engine:
         seconds = time.perf_counter() - start
         prefilled = step.tokens - len(step.decode)
         self.scheduler.pace.observe(prefilled, seconds)
-        self.last_step = StepReport(len(step.decode), prefilled, len(residents), seconds)
+        self.last_step = StepReport(len(step.decode), prefilled, len(residents), seconds, merged)
         return events
 
     # -- its parts -----------------------------------------------------------------------------------------------------

@@ -48,10 +48,14 @@ class Chain:
 
 @dataclass
 class _Kept:
+    """What is known of one sequence. `secret`: its contents are its own, and no other may start from them."""
+
     keys: list[bytes] = field(default_factory=list)
     promised: int = 0
     kept: int = 0
     live: bool = True
+    owner: str = ""
+    secret: bool = False
 
 
 class KVBook:
@@ -87,8 +91,8 @@ class KVBook:
                 help="ask for a shorter answer (max_tokens), or start with a larger KV budget",
             )
 
-    def promise(self, id: int, positions: int) -> list[int] | None:
-        """Take room for a sequence. Ids of leftovers to free for it, or None where there is no room now."""
+    def promise(self, id: int, positions: int, owner: str = "") -> list[int] | None:
+        """Take room for a sequence of adapter `owner`. Ids of leftovers to free for it, or None where there is no room now."""
         need = positions * self.position
         if self.promised + need > self.budget:
             return None
@@ -98,12 +102,14 @@ class KVBook:
                 break
             self._drop(other)
             dropped.append(other)
-        self._entries[id] = _Kept(promised=need)
+        self._entries[id] = _Kept(promised=need, owner=owner)
         return dropped
 
     def wrote(self, id: int, keys: Sequence[bytes]) -> None:
         """The blocks with these keys (the whole chain from the start) are stored under `id` now."""
         entry = self._entries[id]
+        if entry.secret:
+            return
         for index in range(len(entry.keys), len(keys)):
             entry.keys.append(keys[index])
             self._holders.setdefault(keys[index], {})[id] = index
@@ -141,13 +147,28 @@ class KVBook:
             self._drop(id)
         return ids
 
+    def forget(self, owner: str) -> list[int]:
+        """Let nobody start from what sequences of adapter `owner` stored up to now; ids of the leftovers among them, to be freed."""
+        gone = [i for i, e in self._entries.items() if not e.live and e.owner == owner]
+        for id in gone:
+            self._drop(id)
+        for id, entry in self._entries.items():
+            if entry.owner == owner:
+                self._unlist(id, entry)
+                entry.secret = True
+        return gone
+
     def holders(self) -> Iterator[int]:
         """Ids with anything stored or promised."""
         return iter(self._entries)
 
     def _drop(self, id: int) -> None:
-        for key in self._entries.pop(id).keys:
+        self._unlist(id, self._entries.pop(id))
+
+    def _unlist(self, id: int, entry: _Kept) -> None:
+        for key in entry.keys:
             holders = self._holders[key]
             del holders[id]
             if not holders:
                 del self._holders[key]
+        entry.keys = []

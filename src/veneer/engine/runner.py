@@ -16,6 +16,7 @@ import torch
 
 from veneer.engine.arena import Arena
 from veneer.engine.batch import Resident, join
+from veneer.engine.hot import Merged
 from veneer.engine.scheduler import Seq, Step
 from veneer.models.bank import EMPTY, Bank, spans_of
 from veneer.models.decoder import Decoder
@@ -54,15 +55,26 @@ class Runner:
         self.arena = Arena(config.layers, config.kv_heads, config.head_dim, decoder.dtype, decoder.device)
         self._bank: tuple[tuple[Resident, ...], Bank] = ((), EMPTY)
 
-    def run(self, step: Step, residents: Mapping[str, Resident]) -> list[Scores]:
-        """Read and store the step's tokens; the scores of those that go on."""
+    def run(self, step: Step, residents: Mapping[str, Resident], merged: Merged | None = None) -> list[Scores]:
+        """Read and store the step's tokens; the scores of those that go on.
+
+        `merged` is the merged set of the one adapter that all rows of this step use.
+        """
         work = [Work(seq, 1) for seq in step.decode]
         work += [Work(seq, count) for seq, count in step.prefill]
         order = {key: place for place, key in enumerate(dict.fromkeys(w.seq.adapter for w in work))}
         work.sort(key=lambda w: order[w.seq.adapter])
         self._prepare(work)
+        if merged is not None:
+            found = self._forward(work, merged.decoder, merged.rest.bank, dict.fromkeys(residents, 0))
+            return [] if found is None else [found]
         batches = [[w] for w in work] if self._alone else [work]
-        return [scores for batch in batches if (scores := self._forward(batch, residents)) is not None]
+        return [scores for batch in batches if (scores := self._on_the_base(batch, residents)) is not None]
+
+    def _on_the_base(self, batch: Sequence[Work], residents: Mapping[str, Resident]) -> Scores | None:
+        keys = sorted({w.seq.adapter for w in batch if w.seq.adapter})
+        bank = self._bank_of(tuple(residents[key] for key in keys))
+        return self._forward(batch, self.decoder, bank, {key: index for index, key in enumerate(keys)})
 
     def _prepare(self, batch: Sequence[Work]) -> None:
         """Room for what this step stores."""
@@ -72,10 +84,10 @@ class Runner:
                 self.arena.seat(seq.id, seq.virtual + seq.stored)
             self.arena.reserve(seq.id, seq.virtual + seq.stored + work.count)
 
-    def _forward(self, batch: Sequence[Work], residents: Mapping[str, Resident]) -> Scores | None:
-        keys = sorted({w.seq.adapter for w in batch if w.seq.adapter})
-        bank = self._bank_of(tuple(residents[key] for key in keys))
-        places = {key: index for index, key in enumerate(keys)}
+    def _forward(
+        self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int]
+    ) -> Scores | None:
+        """One pass; `places` are the adapters' places in the bank."""
         segments: list[Segment] = []
         tokens: list[int] = []
         rows: list[int] = []
@@ -87,13 +99,12 @@ class Runner:
             if work.gives_token:
                 rows.append(len(tokens) - 1)
                 ready.append(seq)
-        device = self.decoder.device
         # A forward with no row to give would have empty products; one row more costs nothing.
-        wanted = torch.tensor(rows or [len(tokens) - 1], dtype=torch.long, device=device)
+        wanted = torch.tensor(rows or [len(tokens) - 1], dtype=torch.long, device=decoder.device)
         with torch.inference_mode():
-            ids = torch.tensor(tokens, dtype=torch.long, device=device)
-            hidden = self.decoder.forward(ids, segments, bank, self.arena, wanted)
-            logits = self.decoder.logits(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
+            ids = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
+            hidden = decoder.forward(ids, segments, bank, self.arena, wanted)
+            logits = decoder.logits(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
         for work in batch:
             work.seq.stored += work.count
         return None if logits is None else Scores(tuple(ready), logits)

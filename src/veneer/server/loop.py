@@ -48,7 +48,7 @@ class EngineLoop:
         self._stopping = threading.Event()
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
-        engine.residency.on_loaded = self._wake
+        engine.on_loaded = self._wake
 
     @property
     def alive(self) -> bool:

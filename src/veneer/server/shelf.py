@@ -39,7 +39,7 @@ class Shelf:
         """One version per name: what a bare name means now."""
         if self.library is None:
             return ()
-        return [self.library.resolve(v.name) for v in self.library.list(newest=True)]
+        return self.library.list(current=True)
 
     def found(self, version: Version) -> Found:
         library = self._library(version.ref)
