@@ -21,7 +21,8 @@ def preflight(
 ) -> Preflight:
     """Parameters, bytes by category, steps, label share, and warnings with reasons."""
     counted = statistics(dataset)
-    table = select(base.shape, spec).table if spec.site == "weight" else ()
+    selects = spec.site == "weight" and spec.places(base.shape) is None
+    table = select(base.shape, spec).table if selects else ()
     return Preflight(
         rows=len(dataset),
         tokens=counted.tokens,
