@@ -4,6 +4,7 @@ The model field of a request names the base, an adapter of the library (name, na
 
     veneer serve --base smollm2-135m --library adapters
     veneer serve --base smollm2-135m --adapter tickets=runs/tickets --port 9000
+    veneer serve --base smollm2-135m --library adapters --hot tickets   # merged beside the base
     veneer serve --new-key support-team        # prints a key, once, and its entry for --keys
 
 Elsewhere than on this machine it listens only with --keys.
@@ -37,7 +38,10 @@ def command(
     keys: Annotated[Path | None, typer.Option("--keys", help="A file with API keys.")] = None,
     new_key: Annotated[str | None, typer.Option("--new-key", metavar="NAME", help="Print a new key and stop.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
-    quantize: Annotated[str | None, typer.Option("--quantize", help="Hold the base in int8.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="int8: read as it lies. 4-bit formats: dequantised once, at the start.")
+    ] = None,
+    hot: Annotated[str | None, typer.Option("--hot", metavar="NAME", help="An adapter to merge beside the base.")] = None,
     streams: Annotated[int, typer.Option("--streams", min=1, help="Answers computed at once.")] = 64,
     distinct: Annotated[int, typer.Option("--adapters", min=1, help="Distinct adapters computed at once.")] = 32,
     kv_memory: Annotated[float | None, typer.Option("--kv-memory", min=0.01, help="GB for keys and values.")] = None,
@@ -78,6 +82,7 @@ def command(
     from veneer.server.service import Service
     from veneer.server.shelf import Shelf
 
+    logs.set_up(log_level)
     given = load_adapters(adapter)
     shelf = Shelf(Library(library) if library is not None else None)
     if shelf.library is not None:
@@ -93,8 +98,9 @@ def command(
     )
     for name, value in given.items():
         engine.add(name, value, pin=True)
+    if hot is not None:
+        engine.heat(hot)
     service = Service(loaded, engine, shelf, keyring, settings, Metrics(settings.named_adapters))
-    logs.set_up(log_level)
     if as_json:
         say_json({"url": f"http://{host}:{port}/v1", "base": loaded.name, "identity": loaded.identity})
     note(_banner(service))
@@ -109,4 +115,6 @@ def _banner(service: Service) -> str:
     settings, engine = service.settings, service.engine
     where = f"http://{settings.host}:{settings.port}"
     memory = f"{engine.book.budget / 1e9:.1f} GB for keys and values, {engine.residency.slots.budget / 1e9:.1f} GB for adapters"
+    if engine.dequantised_bytes:
+        memory += f"; {engine.dequantised_bytes / 1e9:.2f} GB for the dequantised {service.base.quantize} base"
     return f"{service.base.name} at {where}/v1 ({memory}); Ctrl+C finishes the streams and stops"

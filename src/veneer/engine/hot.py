@@ -40,6 +40,9 @@ from veneer.types import Lowered
 
 log = logging.getLogger(__name__)
 
+MERGED = "merged:"
+"""What the slot of a merged set begins with; the digest of its adapter follows."""
+
 HotState: TypeAlias = Literal["cold", "merging", "hot", "checking", "failed"]
 
 
@@ -117,10 +120,10 @@ class Hot:
         if state != "loading":
             reason = self._slots.slot(key).reason or "adapters in use leave no room under the budget"
             self._slots.forget(key)
-            self.heat = Heat("failed", found.name, found.digest, reason=reason)
+            self.heat = Heat("failed", found.version or found.name, found.digest, reason=reason)
             return self.heat
         self._slots.pin(key)
-        self.heat = Heat("merging", found.name, found.digest)
+        self.heat = Heat("merging", found.version or found.name, found.digest)
         budget = self._slots.budget
         self._merger.start(key, lambda: self._load(found, budget), self._ended)
         return self.heat
@@ -281,4 +284,4 @@ def _without(lowered: Lowered, here: set[str]) -> Lowered:
 
 
 def _key(digest: str) -> str:
-    return f"merged:{digest}"
+    return f"{MERGED}{digest}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +15,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from veneer.engine import Use
+from veneer.engine.hot import MERGED
 from veneer.engine.slots import Slot
 from veneer.errors import ConfigError, NotFound
 from veneer.library import Library
@@ -118,6 +120,33 @@ async def pin(ref: str, request: Request, body: Pin) -> dict[str, Any]:
     return await _facts_of(service, ref)
 
 
+@router.get("/admin/hot")
+async def hot(request: Request) -> dict[str, Any]:
+    """The adapter that is merged beside the base: state (cold, merging, hot, checking, failed), bytes, checksum of the base."""
+    service = _allowed(request, "read")
+    return asdict(await service.loop.call(lambda: service.engine.hot))
+
+
+@router.post("/admin/adapters/{ref}/heat")
+async def heat(ref: str, request: Request) -> dict[str, Any]:
+    """Begin to merge an adapter beside the base, so that steps with nobody else in them cost what the base costs. Poll /admin/hot.
+
+    All other adapters are served as before. One at a time: 409 while another one is hot.
+    """
+    service = _allowed(request, "load")
+    found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
+    _one_adapter(ref, found.uses)
+    return asdict(await service.loop.call(lambda: service.engine.heat(found.uses[0].name)))
+
+
+@router.post("/admin/cool")
+async def cool(request: Request) -> dict[str, Any]:
+    """Drop the merged set. The next step runs on the base; that nobody wrote to it is verified and shown by /admin/hot."""
+    service = _allowed(request, "load")
+    freed = await service.loop.call(service.engine.cool)
+    return {**asdict(await service.loop.call(lambda: service.engine.hot)), "freed_bytes": freed}
+
+
 @router.post("/admin/alias")
 async def alias(body: Move, request: Request) -> dict[str, Any]:
     """Move an alias at once, or not at all. Requests that run keep their version."""
@@ -199,7 +228,7 @@ async def _facts_of(service: Service, ref: str) -> dict[str, Any]:
 
 def _slots(service: Service) -> dict[str, Slot[Any]]:
     slots = service.engine.residency.slots
-    return {key: slots.slot(key) for key in slots.states()}
+    return {key: slots.slot(key) for key in slots.states() if not key.startswith(MERGED)}
 
 
 def _facts(service: Service, slot: Slot[Any]) -> dict[str, Any]:

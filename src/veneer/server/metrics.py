@@ -32,6 +32,7 @@ class Snapshot:
     adapters  state -> how many
     events    hit, miss, load, eviction, failure -> how many so far
     kv        promised, kept, budget -> bytes
+    merged_bytes, dequantised_bytes   beside the base: the hot adapter's merged set; a 4-bit base's dense copy
     """
 
     running: int
@@ -39,6 +40,8 @@ class Snapshot:
     adapters: Mapping[str, int]
     adapter_bytes: int
     adapter_budget: int
+    merged_bytes: int
+    dequantised_bytes: int
     events: Mapping[str, int]
     kv: Mapping[str, int]
     chunk: int
@@ -65,6 +68,7 @@ class Metrics:
             "veneer_step_adapters", "Distinct adapters in a step", registry=self.registry, buckets=_FEW
         )
         self.step_tokens = self._counter("veneer_step_tokens", "Tokens computed in steps", "kind")
+        self.steps = self._counter("veneer_steps", "Steps on the base and on the hot adapter's merged set", "weights")
         self._live = _Live()
         self.registry.register(self._live)
 
@@ -92,6 +96,7 @@ class Metrics:
     def stepped(self, report: StepReport) -> None:
         """The engine has made a step."""
         self.step.observe(report.seconds)
+        self.steps.labels("merged" if report.merged else "base").inc()
         self.per_step.observe(report.adapters)
         self.step_tokens.labels("decode").inc(report.decoded)
         self.step_tokens.labels("prefill").inc(report.prefilled)
@@ -131,8 +136,11 @@ class _Live(Collector):
             "veneer_prefill_chunk_tokens", "Prompt tokens taken into a decode step", value=now.chunk
         )
         yield _labelled("veneer_adapters", "Adapters by state", "state", now.adapters)
-        memory = {"used": now.adapter_bytes, "budget": now.adapter_budget}
+        memory = {"used": now.adapter_bytes, "merged": now.merged_bytes, "budget": now.adapter_budget}
         yield _labelled("veneer_adapter_bytes", "Memory of resident adapters", "kind", memory)
+        yield GaugeMetricFamily(
+            "veneer_base_dequantised_bytes", "Dense copy of a 4-bit base, made at the start", value=now.dequantised_bytes
+        )
         yield _labelled("veneer_kv_bytes", "Memory of keys and values", "kind", now.kv)
         events = CounterMetricFamily("veneer_adapter_events", "Adapter hits, misses, loads, ...", labels=["event"])
         for event, count in now.events.items():

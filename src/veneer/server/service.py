@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from veneer.engine import Engine, Finished, Use
+from veneer.engine.hot import MERGED
 from veneer.errors import ConfigError, Denied, NotFound
 from veneer.library import Library
 from veneer.models.base import Base
@@ -107,7 +108,7 @@ class Service:
         engine, slots = self.engine, self.engine.residency.slots
         while engine.residency.load_seconds:
             self.metrics.load.observe(engine.residency.load_seconds.popleft())
-        states = Counter(slots.states().values())
+        states = Counter(state for key, state in slots.states().items() if not key.startswith(MERGED))
         counters = slots.counters
         return Snapshot(
             running=len(engine.scheduler.running),
@@ -115,6 +116,8 @@ class Service:
             adapters={s: states[s] for s in ("available", "loading", "resident", "draining", "failed")},
             adapter_bytes=slots.charged,
             adapter_budget=slots.budget,
+            merged_bytes=engine.hot.bytes,
+            dequantised_bytes=engine.dequantised_bytes,
             events={
                 "hit": counters.hits,
                 "miss": counters.misses,
