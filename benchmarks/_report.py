@@ -147,7 +147,7 @@ def row_plot(rows: Sequence[Row], path: Path, most: float = 4.0) -> None:
     bars(axes, names, shares, [1.0] * len(judged), "how far past its bar (ticks) each ratio is; right of it holds")
     for place, (row, share) in enumerate(zip(judged, shares, strict=True)):
         more = " >" if row.share > most else ""
-        axes.text(share + 0.03, place, f"{short(row.median)} ({row.limit}){more}", va="center", fontsize=7)
+        axes.text(max(share, 1.0) + 0.05, place, f"{short(row.median)} ({row.limit}){more}", va="center", fontsize=7)
     axes.set_xlim(0, most * 1.25)
     axes.tick_params(axis="y", labelsize=7)
     figure.savefig(path, dpi=120)

@@ -132,10 +132,10 @@ def round_of(world: World, number: int, long: int) -> None:
     note("int8", int8["single_whole"] / peft["base_1"])
     theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.folder))
     note("start", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.folder)) / theirs)
-    note("serve", seconds(lambda: served(world.folder)) / theirs)
     if number < long:
         theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.gguf))
         note("gguf", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.gguf)) / theirs)
+        note("serve", seconds(lambda: served(world.gguf)) / theirs)
 
 
 def alone(world: World, long: int) -> dict[str, Any]:
@@ -171,17 +171,16 @@ def rows_of(found: dict[str, list[float]], rest: dict[str, Any]) -> list[Row]:
         Row("bytes counted for a resident adapter", "its file", [rest["memory"]["counted_over_file"]], 1.2, True),
         Row("process grown by a resident adapter", "its file", [rest["memory"]["grown_over_file"]], 1.2, True),
         Row("logits, mixed batch - alone, fp32", "their norm", [fp32["mixed_from_alone"]], 1e-5, True),
-        Row("logits, mixed batch - alone, bf16", "their norm", [bf16["mixed_from_alone"]]),
         Row(
             "logits, mixed batch - alone, bf16",
-            "base rows in a batch - alone",
-            [bf16["mixed_from_alone"] / bf16["base_from_alone"]],
-            2.0,
+            f"their norm (base rows: {bf16['base_from_alone']:.1e})",
+            [bf16["mixed_from_alone"]],
+            max(2 * bf16["base_from_alone"], 1e-5),
             True,
         ),
         Row("process start to first token, safetensors", "transformers, same files", found["start"], 0.3, True),
         Row("process start to first token, .gguf", "transformers, same file", found["gguf"], 0.3, True),
-        Row("`veneer serve` to first streamed token", "transformers, same files", found["serve"], 0.3, True),
+        Row("`veneer serve` to first streamed token, .gguf", "transformers, same file", found["serve"], 0.3, True),
     ]
 
 
