@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -252,3 +253,19 @@ def test_many_streams_of_many_adapters_at_once(running: Running) -> None:
 
     answers = asyncio.run(all_at_once())
     assert answers == [expected(running, seed, 10) for seed in seeds] * 4
+
+
+def test_an_adapter_of_the_library_is_spoken_to_in_its_own_template(
+    running: Running, client: Any, tmp_path: Path
+) -> None:
+    lora(running.base, 41).save(tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    running.library.add(tmp_path / "own", "own")
+    try:
+        answer = client.chat.completions.create(model="own", messages=CHAT, max_tokens=8, temperature=0)
+        assert answer.choices[0].message.content == expected(running, 41, 8, f"[{PROMPT}]")
+        plain = client.chat.completions.create(model="tickets", messages=CHAT, max_tokens=8, temperature=0)
+        assert plain.choices[0].message.content == expected(running, 2, 8, f"<user>{PROMPT}<end>")
+        assert (running.library.checkout("own@1", tmp_path / "out") / "chat_template.jinja").is_file()
+    finally:
+        running.library.remove("own", force=True)

@@ -16,6 +16,10 @@ from veneer.errors import ConfigError, Unsupported
 from veneer.models.tokenizer import Tokenizer
 
 
+_TEMPLATES = 64
+"""Chat templates of adapters that are kept compiled."""
+
+
 @dataclass(frozen=True, eq=False)
 class Ticket:
     """A request that has been read and can be let in.
@@ -38,30 +42,43 @@ class Intake:
         self._tokenizer = tokenizer
         self._vocab, self._context = vocab, context
         self._resolve = resolve
+        self._spellers: dict[str, Tokenizer] = {}
         self._grammars = Grammars(tokenizer.fast.to_str, tokenizer.eos_ids) if tokenizer is not None else None
 
     def read(self, request: Request) -> Ticket:
         """A ticket for `request`, or the reason why it can't run here."""
-        tokens = self._tokens(request)
-        self._check(request, tokens)
         recipe = Recipe.of([(self._resolve(use.name), use.scale) for use in request.uses])
+        speller = self._chat_speller(recipe) if _is_chat(request.prompt) else self._tokenizer
+        tokens = self._tokens(request, speller)
+        self._check(request, tokens)
         matcher = self._matcher(request)
-        eos = () if self._tokenizer is None or request.ignore_eos else self._tokenizer.eos_ids
+        eos = () if speller is None or request.ignore_eos else speller.eos_ids
         return Ticket(request, tokens, request.max_tokens, recipe, matcher, frozenset((*eos, *request.stop_tokens)))
 
     def count(self, text: str) -> int:
         """Tokens of a text as a prompt."""
         return len(self._speller("count tokens").encode(text, special=True))
 
-    def _tokens(self, request: Request) -> tuple[int, ...]:
+    def _tokens(self, request: Request, speller: Tokenizer | None) -> tuple[int, ...]:
         prompt = request.prompt
         if isinstance(prompt, str):
             return tuple(self._speller("read a text prompt").encode(prompt, special=True))
-        if prompt and isinstance(prompt[0], Mapping):
-            speller = self._speller("read chat messages")
+        if _is_chat(prompt):
+            assert speller is not None
             rendered = speller.render(cast("Sequence[Message]", prompt), add_generation_prompt=True)
             return tuple(speller.encode(rendered))
         return tuple(cast("Sequence[int]", prompt))
+
+    def _chat_speller(self, recipe: Recipe) -> Tokenizer:
+        """The tokenizer with the template that the adapters bring, or the base's own."""
+        speller, template = self._speller("read chat messages"), recipe.template()
+        if template is None or template == speller.template:
+            return speller
+        if template not in self._spellers:
+            if len(self._spellers) >= _TEMPLATES:
+                self._spellers.clear()
+            self._spellers[template] = speller.with_template(template)
+        return self._spellers[template]
 
     def _check(self, request: Request, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -97,6 +114,10 @@ class Intake:
                 f"this base came without a tokenizer, which is needed to {purpose}", help="give the prompt as token ids"
             )
         return self._tokenizer
+
+
+def _is_chat(prompt: str | Sequence[int] | Sequence[Message]) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def speller_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:

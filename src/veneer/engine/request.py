@@ -74,7 +74,7 @@ class Sampling:
 class Request:
     """One prompt and how to go on from it.
 
-    prompt          text, token ids, or chat messages (rendered with the base's template)
+    prompt          text, token ids, or chat messages (rendered with the adapter's template, else the base's)
     adapter         a name, a `Use`, several of either (their updates add), or None for the bare base
     max_tokens      most tokens to generate; None goes to the end of the context
     stop            strings that end the answer; they are not part of it unless `include_stop`

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from veneer.adapter import Adapter
-from veneer.errors import Conflict, NotFound
+from veneer.errors import ConfigError, Conflict, NotFound
 from veneer.registry import did_you_mean
 
 
@@ -24,6 +24,7 @@ class Found:
     load     reads it; called on a worker thread, never on the step path
     version  what the source calls it ("tickets@3"), for people
     allow    why it may run on a base that it does not belong to, where somebody decided so
+    template gives the chat template that it brings along, or None for the base's
     """
 
     name: str
@@ -32,6 +33,7 @@ class Found:
     load: Callable[[], Adapter]
     version: str = ""
     allow: str | None = None
+    template: Callable[[], str | None] = lambda: None
 
 
 class AdapterSource(Protocol):
@@ -56,7 +58,8 @@ class Local:
         if taken is not None and taken.digest != adapter.digest and not replace:
             raise Conflict(f"an adapter called '{name}' is already here", help="pass replace=True to swap it")
         size = sum(t.nbytes for part in adapter.parts for t in part.tensors.values())
-        self._adapters[name] = Found(name, adapter.digest, size, lambda: adapter, name)
+        template = adapter.provenance.chat_template
+        self._adapters[name] = Found(name, adapter.digest, size, lambda: adapter, name, template=lambda: template)
         return self._adapters[name]
 
     def remove(self, name: str) -> Found:
@@ -95,6 +98,16 @@ class Recipe:
             return Recipe(kept[0][0].digest, kept)
         listing = "+".join(f"{found.digest}*{factor!r}" for found, factor in kept)
         return Recipe(hashlib.sha256(listing.encode()).hexdigest(), kept)
+
+    def template(self) -> str | None:
+        """The chat template of its adapters, or None where they bring none. Several different ones are refused."""
+        brought = {found.name: template for found, _ in self.parts if (template := found.template()) is not None}
+        if len(set(brought.values())) > 1:
+            raise ConfigError(
+                f"the adapters {', '.join(brought)} bring different chat templates",
+                help="render the conversation yourself and send it as a text prompt",
+            )
+        return next(iter(brought.values()), None)
 
     @property
     def bytes(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, Part
 from veneer.errors import FormatError, NotFound, ResourceError, listed
 from veneer.formats import veneer_json
+from veneer.formats.chat_template import with_template
 from veneer.formats.checkpoint import PICKLES, first_non_finite, open_tensors, plain_file, read_json
 from veneer.formats.folder import replace_folder
 from veneer.formats.peft import CONFIG, TENSORS, expressible, from_peft, to_peft
@@ -47,20 +48,24 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     replace_folder(Path(path), OWNED, lambda folder: _write(adapter, folder))
 
 
-def load(path: str | os.PathLike[str]) -> Adapter:
-    """Read the adapter folder `path`; of a run's folder, the adapter in it."""
+def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Adapter:
+    """Read the adapter folder `path`; of a run's folder, the adapter in it.
+
+    mapped  leave the tensors in the file, mapped, where they are not copied: only for files that nobody changes in place. A
+            careless write can't reach the file either way
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise NotFound(f"there is no adapter folder at {folder}", help=_nearest(folder))
     if (folder / "adapter" / TENSORS).exists() and not (folder / TENSORS).exists():
         folder = folder / "adapter"
     _refuse_pickles(folder)
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder, mapped)
     sidecar = None
     if (folder / veneer_json.NAME).exists():
         sidecar = veneer_json.read(read_json(plain_file(folder, veneer_json.NAME)))
     if sidecar is not None and sidecar.layout == "veneer":
-        return veneer_json.restore(sidecar, _own_layout(sidecar, tensors))
+        return with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors)), folder)
     adapter = from_peft(read_json(plain_file(folder, CONFIG)), tensors, str(folder))
     if sidecar is None:
         for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
@@ -72,10 +77,10 @@ def load(path: str | os.PathLike[str]) -> Adapter:
                 folder,
                 path,
             )
-        return adapter
+        return with_template(adapter, folder)
     restored = veneer_json.restore(sidecar, adapter.parts)
     _agree(adapter, restored, folder)
-    return restored
+    return with_template(restored, folder)
 
 
 def _write(adapter: Adapter, folder: Path) -> None:
@@ -93,7 +98,7 @@ def _write(adapter: Adapter, folder: Path) -> None:
             help="free some space or choose another disk",
         ) from error
     (folder / veneer_json.NAME).write_text(veneer_json.render(veneer_json.describe(adapter, layout)), "utf-8")
-    load(folder)  # the digest in veneer.json proves that what is on the disk is what was given
+    load(folder, mapped=True)  # the digest in veneer.json proves that what is on the disk is what was given
 
 
 def _nearest(folder: Path) -> str:
@@ -138,9 +143,9 @@ def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
         )
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, mapped: bool) -> dict[str, Tensor]:
     file = open_tensors(plain_file(folder, TENSORS))
-    tensors = {name: file.tensor(name).clone() for name in file.tensors}
+    tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.tensors}
     problems = _problems(tensors)
     if problems:
         raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")
@@ -152,9 +157,15 @@ def _problems(tensors: dict[str, Tensor]) -> list[str]:
     odd = [
         f"'{name}' is {t.dtype}, expected floating point numbers"
         for name, t in tensors.items()
-        if not t.is_floating_point() and t.dtype != torch.int64
+        if not t.is_floating_point() and t.dtype not in (torch.int64, torch.int32)
     ]
     return empty + odd + first_non_finite(tensors)
+
+
+def _without_pruned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the layers that AdaLoRA left no rank: PEFT writes them as tensors without elements."""
+    gone = [name.removesuffix("lora_E") for name, t in tensors.items() if name.endswith(".lora_E") and not t.numel()]
+    return {name: t for name, t in tensors.items() if name.rpartition("lora_")[0] not in gone}
 
 
 def _refuse_pickles(folder: Path) -> None:

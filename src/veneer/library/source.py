@@ -2,8 +2,8 @@
 then checked.
 
 The files are copied into a private folder first, and the copy is what is read, hashed and kept. So what was checked
-is what is stored, whoever writes to the original meanwhile. Hashing the file, flushing it, and loading the adapter
-run side by side.
+is what is stored, whoever writes to the original meanwhile. Hashing the file, flushing it, and loading the adapter (from a
+mapping, so without a second copy) run side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veneer.library.records import File
 
 TENSORS = "adapter_model.safetensors"
 DESCRIPTIONS = ("adapter_config.json", "veneer.json")
-KEPT = (TENSORS, *DESCRIPTIONS, "README.md")
+KEPT = (TENSORS, *DESCRIPTIONS, "README.md", "chat_template.jinja", "tokenizer_config.json")
 KEPT_OF_RUN = ("config.yaml", "provenance.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -88,15 +88,15 @@ def stage(source: Source, blobs: Blobs, folder: Path) -> Staged:
             raise FormatError(
                 f"{source.files[name]} has more than {LARGEST} bytes", help="no description of an adapter is that large"
             )
-    with ThreadPoolExecutor(3) as pool:
-        loaded = pool.submit(_load, folder / "copy")
+    with ThreadPoolExecutor(2) as pool:
         flushed = pool.submit(_flush, list(paths.values()))
-        digests = {name: digest_of(path) for name, path in paths.items()}
-        flushed.result()
+        hashed = pool.submit(lambda: {name: digest_of(path) for name, path in paths.items()})
         try:
-            adapter = loaded.result()
+            adapter = _load(folder / "copy")
         except VeneerError as error:
             raise _about(error, folder / "copy", source.place) from error
+        digests = hashed.result()
+        flushed.result()
     files = tuple(File(name, digests[name], path.stat().st_size) for name, path in sorted(paths.items()))
     return Staged(files, paths, adapter)
 
@@ -113,7 +113,9 @@ def _flush(paths: Sequence[Path]) -> None:
 
 
 def _load(folder: Path) -> Adapter:
-    adapter = Adapter.load(folder)
+    from veneer.formats import load  # brings torch, which listing and moving aliases do without
+
+    adapter = load(folder, mapped=True)
     _ = adapter.digest  # computed here, beside the hashing of the files
     return adapter
 
@@ -147,7 +149,7 @@ def _loralib(path: Path, scratch: Path, loralib: Loralib | None) -> Source:
         )
     if loralib is None:
         raise FormatError(f"{path} does not say its alpha", help="give it: --alpha 32 (loralib's lora_alpha)")
-    from veneer.formats.loralib import load_loralib  # brings torch, which listing and moving aliases do without
+    from veneer.formats.loralib import load_loralib
 
     adapter = load_loralib(path, alpha=loralib.alpha, rank=loralib.rank)
     return written(adapter, scratch, "loralib file")

@@ -57,6 +57,10 @@ class Tokenizer:
         generation = _json(folder / "generation_config.json")
         return Tokenizer(fast, settings, templates.get("default"), generation, templates.get("tool_use"))
 
+    def with_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template; what ends a turn follows it."""
+        return Tokenizer(self._fast, self._settings, source, self._generation)
+
     # -- text and ids --------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, special: bool = False) -> list[int]:

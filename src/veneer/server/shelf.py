@@ -15,11 +15,16 @@ from veneer.errors import NotFound
 from veneer.library import Library, Version, parse_reference, route
 
 
+_TEMPLATES = 4096
+"""Versions whose chat template is remembered."""
+
+
 class Shelf:
     """One library, or none."""
 
     def __init__(self, library: Library | None) -> None:
         self.library = library
+        self._templates: dict[str, str | None] = {}
 
     def resolve(self, name: str) -> Found:
         """The engine's `AdapterSource`: `name` is a reference as `version_of` gives it."""
@@ -44,7 +49,24 @@ class Shelf:
     def found(self, version: Version) -> Found:
         library = self._library(version.ref)
         allow = "allowed when it was added to the library" if version.belongs == "allowed" else None
-        return Found(version.name, version.digest, version.bytes, lambda: library.load(version), version.ref, allow)
+        return Found(
+            version.name,
+            version.digest,
+            version.bytes,
+            lambda: library.load(version),
+            version.ref,
+            allow,
+            lambda: self._template(version),
+        )
+
+    def _template(self, version: Version) -> str | None:
+        """The chat template that a version brings along. Versions never change, so it is read once."""
+        if version.ref not in self._templates:
+            if len(self._templates) >= _TEMPLATES:
+                self._templates.clear()
+            stated = self._library(version.ref).show(version.ref).provenance.get("chat_template")
+            self._templates[version.ref] = stated if isinstance(stated, str) else None
+        return self._templates[version.ref]
 
     def _library(self, name: str) -> Library:
         if self.library is None:
