@@ -84,14 +84,17 @@ def _question(kind: str, rank: int, work: Work) -> Question:
 
 def _from_run_file(path: Path, work: Work) -> tuple[str, list[Question]]:
     from veneer.train import read_runs
+    from veneer.train.optimizers import load_all
 
     run = read_runs(path)[0].config
-    tokens = run.train.tokens_per_pass
+    tokens, optimizer = run.train.tokens_per_pass, load_all()[run.train.optimizer]
     work = replace(
         work,
         quantize=run.quantize,
         tokens=work.tokens if tokens == "auto" else tokens,
         dtype=work.dtype if run.train.dtype == "auto" else run.train.dtype,
+        state=optimizer.state,
+        freezes=optimizer.freezes,
     )
     spec = run.spec()
     return run.base, [Question(spec.kind, spec, work)]

@@ -10,9 +10,11 @@ The surprise: 16 bytes a number is right for two different reasons; see `FULL_RE
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from veneer.base.formats import load_all
+from veneer.plan.counts import Counted
 from veneer.plan.sizes import Sizes
 from veneer.registry import Registry
 
@@ -40,6 +42,11 @@ MASTER, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes for each trained number: fp32 value, fp32 gradient, Adam's two fp32 moments."""
 
 TRAINED = MASTER + GRADIENT + MOMENTS
+
+
+def two_moments(trained: Sequence[Counted]) -> int:
+    """Adam's state for these tensors: two fp32 numbers each."""
+    return MOMENTS * sum(tensor.numbers for tensor in trained)
 
 
 def copies_bytes(trained: int, itemsize: int, *, packed: bool) -> int:

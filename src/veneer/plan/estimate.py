@@ -6,14 +6,14 @@ workspace follow what the trainer and the native decoder hold at the end of a fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.methods import Method
 from veneer.models.config import DecoderConfig, Layout
 from veneer.ops.loss import chunk_rows
 from veneer.plan.activations import Traffic, activation_bytes, logits_bytes, workspace_bytes
-from veneer.plan.bytes import DENSE, GRADIENT, MASTER, MOMENTS, base_bytes, copies_bytes
+from veneer.plan.bytes import DENSE, GRADIENT, MASTER, base_bytes, copies_bytes, two_moments
 from veneer.plan.counts import Counted, adapter_tensors
 from veneer.plan.sizes import sizes_of
 
@@ -27,6 +27,8 @@ class Work:
     dtype        of products and activations
     quantize     format of the frozen projections, or None
     recompute    blocks whose activations are computed again
+    state        trained tensors -> bytes of the optimiser's state
+    freezes      names of tensors that the optimiser leaves as they start
     """
 
     tokens: int = 2048
@@ -34,6 +36,8 @@ class Work:
     dtype: str = "bfloat16"
     quantize: str | None = None
     recompute: int = 0
+    state: Callable[[Sequence[Counted]], int] = two_moments
+    freezes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,14 @@ class Estimate:
 def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Sequence[str], work: Work) -> Estimate:
     """Bytes of training `spec` at `targets` on a native base. Nothing is loaded."""
     tensors = list(adapter_tensors(spec, layout.base_shape(config), targets))
-    trained = sum(t.numbers for t in tensors if t.trained)
+    moved = [t for t in tensors if t.trained and t.name not in work.freezes]
+    trained = sum(t.numbers for t in moved)
     stored = sum(t.numbers for t in tensors)
     itemsize = DENSE[work.dtype]
     traffic = traffic_of(layout, spec, tensors, work.label_share)
     labels = round(work.tokens * work.label_share)
+    hosts = layout.base_shape(config).hosts
+    dense = sum(hosts[t].in_features * hosts[t].out_features for t in targets) if spec.dense else 0
     return Estimate(
         parameters=trained,
         stored=stored,
@@ -64,8 +71,9 @@ def estimate(config: DecoderConfig, layout: Layout, spec: Method, targets: Seque
             "base": base_bytes(sizes_of(config, layout), work.dtype, work.quantize),
             "adapter": MASTER * stored,
             "gradients": GRADIENT * trained,
-            "optimizer": MOMENTS * trained,
-            "copies": copies_bytes(trained, itemsize, packed=spec.site != "override"),
+            "optimizer": work.state(moved),
+            "copies": copies_bytes(trained, itemsize, packed=spec.site != "override")
+            + copies_bytes(dense, itemsize, packed=True),
             "activations": activation_bytes(config, traffic, work.tokens, itemsize, recompute=work.recompute),
             "logits": logits_bytes(config.vocab, labels, itemsize, chunk_rows(config.vocab, itemsize)),
             "workspace": workspace_bytes(config, work.tokens, itemsize) + _scratch(layout, work, itemsize),
@@ -92,6 +100,6 @@ def traffic_of(layout: Layout, spec: Method, tensors: Sequence[Counted], label_s
             inside = False
             continue
         ranks.setdefault(group, 0)
-        if tensor.name == "A":
+        if tensor.name in ("A", "Q"):
             ranks[group] += tensor.shape[0]
     return Traffic(ranks, from_input=not inside or spec.site in ("tokens", "kv", "sublayer"), label_share=label_share)

@@ -19,6 +19,7 @@ from veneer.methods import Method
 from veneer.models.base import Base
 from veneer.plan import Estimate, Work, estimate
 from veneer.train.config import TrainConfig
+from veneer.train.optimizers import load_all as load_optimizers
 
 DEFAULT_PASS = 2048
 """Micro-batch in tokens: products are at their full rate from about a thousand rows on, and memory grows with it."""
@@ -42,10 +43,19 @@ def fit_memory(base: Base, spec: Method, config: TrainConfig, dataset: Dataset) 
     budget = int(psutil.virtual_memory().total * SHARE) if config.memory == "auto" else config.memory
     longest = int(dataset.lengths.max())
     share = statistics(dataset).label_share
+    optimizer = load_optimizers()[config.optimizer]
     smallest: Fit | None = None
     for tokens in _pass_sizes(config, longest):
         for blocks in _recompute_choices(base, spec, config):
-            work = Work(tokens, share, str(base.dtype).removeprefix("torch."), base.quantize, blocks)
+            work = Work(
+                tokens,
+                share,
+                str(base.dtype).removeprefix("torch."),
+                base.quantize,
+                blocks,
+                optimizer.state,
+                optimizer.freezes,
+            )
             fit = Fit(tokens, blocks, estimate(base.config, base.layout, spec, targets, work))
             if fit.estimate.total <= budget:
                 return fit

@@ -5,6 +5,7 @@
     metrics.jsonl     one object per optimiser step
     checkpoint/       exact resume
     provenance.json   base identity, data hashes, versions, dtype, threads
+    tensorboard/      the metrics as events, where they are asked for
     report.md         the run in one page, with plots
 
 Every file appears by atomic rename. One run per folder at a time: a lock says so.
@@ -19,7 +20,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -36,17 +37,19 @@ from veneer.methods import Method
 from veneer.models.bank import Dropout
 from veneer.models.base import Base
 from veneer.ops.scratch import keep_freed_memory
-from veneer.train import checkpoint
-from veneer.train import optimizers as optimizers  # fills OPTIMIZERS
+from veneer.train import checkpoint, tensorboard
 from veneer.train.calibrate import calibrate, spread
 from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
 from veneer.train.events import Evaluation, Event, Preflight, Step
 from veneer.train.loop import Run, fit
 from veneer.train.memory import Fit, dropout_of, fit_memory
-from veneer.train.optim import OPTIMIZERS, FlatParameters
+from veneer.train.optim import FlatParameters
+from veneer.train.optimizers import load_all as load_optimizers
 from veneer.train.preflight import preflight
 from veneer.train.schedule import plan_schedule
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ def run_task(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Train `task` on `base` into `folder`, yielding events. The adapter is then in `folder/adapter`."""
+    if task.config.tensorboard:
+        tensorboard.require()
     keep_freed_memory()
     with locked(folder):
         _sweep(folder)
@@ -85,15 +90,19 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     run, generators = _prepare(base, task, sizes, folder)
     mark = fingerprint(base, task)
     if resume and checkpoint.exists(saved):
-        run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark)
+        run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark, run.regime)
     run.cursor.fingerprint = mark
     ready = preflight(base, task.spec, task.dataset, run, sizes, task.notes)
     yield ready
     writer = _Writer(folder, base, task, generators)
     writer.begin(run, ready)
-    for event in fit(run, writer.evaluate, writer.save, should_stop=should_stop, dump=folder):
-        writer.record(event)
-        yield event
+    board = tensorboard.watching(folder, run.cursor.step) if task.config.tensorboard else nullcontext()
+    with board as shown:
+        for event in fit(run, writer.evaluate, writer.save, should_stop=should_stop, dump=folder):
+            writer.record(event)
+            if shown is not None:
+                shown.record(event)
+            yield event
     writer.end(run)
 
 
@@ -107,11 +116,12 @@ def _prepare(base: Base, task: Task, sizes: Fit, folder: Path) -> tuple[Run, dic
     spec = spec if base.tokenizer is None else spec.prepared(base.tokenizer.encode)
     adapter = create(base, spec, generators["init"], stats=stats, provenance=provenance(base, task))
     parameters = FlatParameters(adapter, base.decoder.device)
-    optimizer = OPTIMIZERS[task.config.optimizer](parameters, task.config, folder / "state")
+    optimizer = load_optimizers()[task.config.optimizer](parameters, task.config, folder / "state")
     rate = dropout_of(task.spec)
     dropout = Dropout(rate, generators["dropout"]) if rate else None
     schedule = plan_schedule(task.dataset, task.config, sizes.tokens_per_pass)
-    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, sizes.recompute)
+    regime = spec.regime(len(schedule))
+    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, sizes.recompute, regime)
     return run, generators
 
 
@@ -128,7 +138,7 @@ def provenance(base: Base, task: Task) -> Provenance:
 
 def fingerprint(base: Base, task: Task) -> str:
     """SHA-256 of everything that decides the numbers of a run."""
-    free = {"save_every", "memory"}
+    free = {"save_every", "memory", "tensorboard"}
     decisive = {
         "method": {"kind": task.spec.kind} | task.spec.model_dump(mode="json"),
         "train": {k: v for k, v in task.config.model_dump(mode="json").items() if k not in free},
@@ -181,7 +191,9 @@ class _Writer:
         if not is_best:
             self._flush()  # a step that is not in the metrics must not be in the checkpoint, which would never do it again
             adapter.save(self.folder / "last")
-            checkpoint.write(self.folder / "checkpoint", run.cursor, run.parameters, run.optimizer, self.generators)
+            checkpoint.write(
+                self.folder / "checkpoint", run.cursor, run.parameters, run.optimizer, self.generators, run.regime
+            )
 
     def record(self, event: Event) -> None:
         """One line of metrics per step; an evaluation joins the step it follows."""
@@ -261,21 +273,42 @@ def _sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; a second run in it is refused."""
+    """Hold a run folder for this process; a second run in it is refused. A run that was refused leaves nothing behind."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    before = set() if made else {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise ResourceError(
             f"{folder} cannot be used for a run: {error.strerror}", help="choose a folder you can write to with --out"
         ) from error
     try:
+        if not _hold(handle, folder / LOCK):
+            raise Conflict(f"another run is working in {folder}", help="wait for it, or choose another --out")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(
-                f"another run is working in {folder}", help="wait for it, or choose another --out"
-            ) from error
-        yield
+            yield
+        finally:
+            if LOCK not in before and set(os.listdir(folder)) == before | {LOCK}:
+                _take_back(folder, made)
     finally:
         os.close(handle)
+
+
+def _hold(handle: int, path: Path) -> bool:
+    """Whether this process has the lock now, and the file is still the one that others would lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+
+
+def _take_back(folder: Path, made: list[Path]) -> None:
+    """Delete what was made for a run that was refused, the innermost first. Folders that others use by now stay."""
+    (folder / LOCK).unlink()
+    for place in made:
+        try:
+            place.rmdir()
+        except OSError:
+            return

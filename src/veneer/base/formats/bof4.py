@@ -1,8 +1,8 @@
 """BOF4-S: the 4-bit levels with the least error on Gaussian weights, blocks divided by their signed extreme; arXiv 2505.06653.
 
-A block of 64 is divided by its value of largest size, sign included, so one number of it is exactly +1 and no level is spent on
--1. Levels 0 and 1 are fixed; the other 14 are the Lloyd-Max levels of the 63 other numbers y = x / t, each block weighted with the
-square of its extreme t, which makes the error of the *weights* least and not that of y:
+A block of 64 is divided by its value of largest size, sign included, so one number of it is exactly +1 and no level is spent
+on -1. Levels 0 and 1 are fixed; the other 14 are the Lloyd-Max levels of the 63 other numbers y = x / t, each block weighted
+with the square of its extreme t, which makes the error of the *weights* least and not that of y:
 
     g(y) = int t^2 f(t) t phi(t y) / (2 Phi(t) - 1) dt,    f the density of the largest of 64 |x|,  x ~ N(0, 1)
     level = int y g / int g over the numbers nearest to it
