@@ -1,4 +1,7 @@
-"""Training speed and peak memory of veneer, on the batches that `peers/train_peft.py` trains on. One JSON line."""
+"""Training speed and peak memory of veneer, on the batches that `peers/train_peft.py` trains on. One JSON line.
+
+`--profile FILE` writes a Chrome trace of one step and adds the seconds by kind of kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ import time
 from dataclasses import dataclass
 
 import torch
+from _kernels import breakdown
+from torch.profiler import record_function
 
 from veneer.data import Batch
 from veneer.inject import create, select
-from veneer.methods import parse
+from veneer.methods import Method, parse
 from veneer.models.load import load_base
+from veneer.ops.native import attention, few, rows
 from veneer.ops.scratch import keep_freed_memory
+from veneer.plan import Work as Planned
+from veneer.plan import estimate
 from veneer.train.checkpoint import Cursor
 from veneer.train.config import TrainConfig
 from veneer.train.loop import Run, accumulate
@@ -64,8 +72,8 @@ def real(rows: int, length: int, vocab: int, rng: random.Random) -> Work:
     return packed([torch.randint(3, vocab, (n,)) for n in lengths], [n * 2 // 3 for n in lengths])
 
 
-def gemm_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of the fastest of several products of the shape 2048x576x1536, in this process."""
+def gemm_rate(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of the fastest of many products of the shape 2048x576x1536, in this process."""
     a, b = torch.randn(2048, 576).to(dtype), torch.randn(1536, 576).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dora", action="store_true")
     parser.add_argument("--nf4", action="store_true")
     parser.add_argument("--lengths", choices=["fixed", "real"], default="fixed")
+    parser.add_argument("--passes", type=int, default=1, help="passes a step, each of --batch rows")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one step")
     args = parser.parse_args()
 
@@ -103,56 +112,84 @@ def main() -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    base = load_base(args.model, dtype=dtype, quantize="nf4-dq" if args.nf4 else None)
+    quantize = "nf4-dq" if args.nf4 else None
+    base = load_base(args.model, dtype=dtype, quantize=quantize)
     spec = parse({"kind": "dora" if args.dora else "lora", "rank": args.rank, "alpha": 2 * args.rank})
     parameters = FlatParameters(create(base, spec, torch.Generator().manual_seed(0)), base.decoder.device)
     config = TrainConfig(lr=1e-4)
     optimizer = OPTIMIZERS["adamw"](parameters, config, None)
     run = Run(base, parameters, optimizer, None, [], config, Cursor())  # type: ignore[arg-type]  # no data set: made here
-    assert select(base.shape, spec).targets
 
-    vocab, seconds, works = base.config.vocab, [], []
-    for _ in range(args.steps + 1):
-        work = fixed(args.batch, args.seq, vocab) if args.lengths == "fixed" else real(args.batch, args.seq, vocab, rng)
-        begin = time.perf_counter()
-        accumulate(run, [work.batch], float(work.batch.weights.sum()))
-        run.parameters.grad_norm()
+    def make() -> Work:
+        if args.lengths == "fixed":
+            return fixed(args.batch, args.seq, base.config.vocab)
+        return real(args.batch, args.seq, base.config.vocab, rng)
+
+    def update() -> None:
+        parameters.grad_norm()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - begin)
-        works.append(work)
+
+    resting = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gemm = gemm_rate(dtype)
+    rates = []
+    for step in range(args.steps + 1):
+        works = [make() for _ in range(args.passes)]
+        begin = time.perf_counter()
+        accumulate(run, [work.batch for work in works], sum(float(work.batch.weights.sum()) for work in works))
+        update()
+        if step:
+            rates.append(sum(work.tokens for work in works) / (time.perf_counter() - begin))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rates = sorted(w.tokens / s for w, s in zip(works[1:], seconds[1:], strict=True))
-    rate = rates[len(rates) // 2]
-    flops = floor_flops(run, works[-1])
-    gemm = gemm_rate(dtype)
+    rate = sorted(rates)[len(rates) // 2]
+    work = works[-1]
+    flops = floor_flops(run, work)
+    gemm = max(gemm, gemm_rate(dtype))
+    floor = gemm / flops
     result = {
         "peer": "veneer",
         "useful_tokens_per_s": round(rate, 2),
         "peak_bytes": peak,
+        "resting_bytes": resting,
+        "predicted_bytes": predicted_bytes(run, spec, work, str(dtype).removeprefix("torch."), quantize),
+        "tokens_a_pass": work.tokens,
         "trainable": parameters.count,
         "gemm_flops_per_s": round(gemm),
-        "floor_tokens_per_s": round(gemm / flops, 1),
-        "fraction_of_floor": round(rate * flops / gemm, 4),
+        "floor_tokens_per_s": round(floor, 1),
+        "fraction_of_floor": round(rate / floor, 4),
         "page_faults": faults,
         "args": vars(args),
     }
     if args.profile:
-        result["breakdown_seconds"] = profile(run, works[-1], args.profile)
+        label_native()
+        labels = float(work.batch.weights.sum())
+        result["breakdown_seconds"] = breakdown(lambda: accumulate(run, [work.batch], labels), update, args.profile)
     print(json.dumps(result))
 
 
-def profile(run: Run, work: Work, path: str) -> dict[str, float]:
-    """Self seconds of one step by operator, the ten largest, and a trace in `path`."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+def predicted_bytes(run: Run, spec: Method, work: Work, dtype: str, quantize: str | None) -> dict[str, int]:
+    """What `veneer plan` says of this run, by category."""
+    base = run.base
+    plan = Planned(work.tokens, work.label_share, dtype, quantize)
+    return dict(estimate(base.config, base.layout, spec, select(base.shape, spec).targets, plan).bytes)
 
-    with torch_profile(activities=[ProfilerActivity.CPU]) as trace:
-        accumulate(run, [work.batch], float(work.batch.weights.sum()))
-    trace.export_chrome_trace(path)
-    rows = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    return {row.key: round(row.self_cpu_time_total / 1e6, 4) for row in rows[:10]}
+
+def label_native() -> None:
+    """The profiler sees torch's operators only: give the kernels in C a name of theirs."""
+    kinds = {
+        attention: {"forward": "attention", "backward": "attention"},
+        few: {"product": "product"},
+        rows: {
+            **dict.fromkeys(("rms_forward", "rms_backward", "rotary", "gated_forward", "gated_backward"), "rows"),
+            "scale_backward": "rows",
+            "cross_entropy": "cross_entropy",
+            "dequantise_four_bit": "dequantise",
+        },
+    }
+    for module, functions in kinds.items():
+        for name, kind in functions.items():
+            setattr(module, name, record_function(f"veneer::{kind}")(getattr(module, name)))
 
 
 if __name__ == "__main__":
