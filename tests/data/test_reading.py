@@ -210,10 +210,14 @@ def test_csv_cells_and_columns_that_do_not_match(tmp_path: Path) -> None:
 def test_all_problems_come_at_once_and_long_lists_are_cut(tmp_path: Path) -> None:
     content = "\n".join(['{"text": 1}', LINE, '{"text": "fine"}', "{", '{"text": null}'] * 10)
     error = refusal(write(tmp_path, "a.jsonl", content), "text")
-    assert "a.jsonl has 31 problems" in error.message and "and 11 more" in error.message
+    assert "a.jsonl has 31 problems" in error.message and error.message.count("\n") == 4
     assert "a.jsonl:4: not JSON" in error.message
+    assert "(and at 9 more: 6, 11, 16, 21, 26, 31, 36, 41, 46)" in error.message
     many = refusal(write(tmp_path, "b.jsonl", "{\n" * 5000))
-    assert "5000 problems" in many.message and "and 4980 more" in many.message
+    assert "5000 problems" in many.message and "(and at 999 more: 2, 3, 4, " in many.message
+    assert "and 4000 more" in many.message
+    different = "".join('{"text": ' + " " * n + "x}\n" for n in range(40))
+    assert "and 20 more" in refusal(write(tmp_path, "c.jsonl", different)).message
 
 
 def test_rows_from_python_objects() -> None:

@@ -194,6 +194,24 @@ def test_the_help_shows_every_key_of_a_run_file(capsys: pytest.CaptureFixture[st
     assert "rank: 16" in shown and LoRA().rank == 16 and LoRA().alpha == 32
 
 
+@pytest.mark.parametrize("name", ["rank above the layer", "targets match nothing", "no room for the run", "no answer"])
+@pytest.mark.parametrize("place", ["new/er/run", "there"])
+def test_a_refused_run_leaves_nothing_behind(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, place: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    settings = [part for word in CASES[name].settings.format(w=world).split() for part in ("--set", word)]
+    answer = veneer(capsys, "train", world / "run.yaml", "--out", tmp_path / place, *settings)
+    assert answer.code == CASES[name].code and re.search(CASES[name].message, answer.err), answer.err
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_template_that_fails_is_said_once_for_all_rows(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = veneer(capsys, "train", world / "run.yaml", "--resume", "--set", f"base={world}/typo")
+    assert "has 30 problems" in answer.err and answer.err.count("contnt") == 1, answer.err
+    assert "train.jsonl:1: " in answer.err and "(and at 29 more: 2, 3, 4, " in answer.err
+
+
 def test_a_failed_command_answers_in_json_too(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = veneer(capsys, "train", world / "run.yaml", "--set", f"data.train={world}/empty.jsonl", "--json")
     error = json.loads(answer.out)["error"]

@@ -50,6 +50,7 @@ Data paths are relative to the run file, `out` to where the command runs. Every 
       patience: null            # stop after so many evaluations without a better one
       dtype: auto               # float32, bfloat16
       recompute: auto           # none, all
+      tensorboard: false        # also write events for TensorBoard into the run directory
     out:                        # the run directory
 
 A list under `runs` trains several adapters over one base in memory, taking turns. Ctrl+C saves a
@@ -113,12 +114,14 @@ def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
     """Train what a run file says, with a progress bar on standard error for each run."""
     from veneer.data import file_digest
     from veneer.models.load import load_base
-    from veneer.train import Failed, Finished, Preflight, read_task, run_many
+    from veneer.train import Failed, Finished, Preflight, read_task, run_many, tensorboard
     from veneer.train.report import write_report
 
     first = runs[0].config
     for path in dict.fromkeys(path for r in runs for path in r.config.data.files()):
         file_digest(path)  # what is missing is said before a base is fetched
+    if any(r.config.train.tensorboard for r in runs):
+        tensorboard.require()
     base = load_base(first.base, dtype=first.train.dtype, quantize=first.quantize)
     tasks = {str(r.config.out): (read_task(base, r), r.config.out) for r in runs}
     reasons: dict[str, str] = {}

@@ -16,6 +16,7 @@ MAX_ROW_BYTES = 4 * 1024 * 1024
 """A row above this is refused before it is parsed: it is a million tokens, and usually a whole file without line breaks."""
 
 KEPT_PROBLEMS = 1000
+FEW, NAMED_LINES = 3, 11
 UTF8_HELP = "save the file as UTF-8 (iconv -f latin1 -t UTF-8, if it is Latin-1)"
 HALF_WRITTEN = "it looks half-written: copy or make the file again"
 REPAIR_HELP = "repair these rows or take them out, then run the same command again"
@@ -33,7 +34,10 @@ class Record:
 
 @dataclass
 class Problems:
-    """What is wrong with one file, told in the order of its lines. Keeps the first thousand and counts the rest."""
+    """What is wrong with one file, told in the order of its lines; what is the same in many is told once.
+
+    Keeps the first thousand and counts the rest.
+    """
 
     name: str
     unit: str = "line"
@@ -46,17 +50,29 @@ class Problems:
         self.count += 1
         self.help = self.help or help
         if self.count <= KEPT_PROBLEMS:
-            place = f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, {self.unit} {line}"
-            self.found.append((line, f"{place}: {what}"))
+            self.found.append((line, what))
 
     def raise_any(self) -> None:
         """Raise one DataError with all of them, or return."""
         if not self.count:
             return
         plural = "problem" if self.count == 1 else "problems"
-        told = [what for _, what in sorted(self.found, key=lambda problem: problem[0])]
-        shown = [*told, *[""] * (self.count - len(told))]
-        raise DataError(f"{self.name} has {self.count} {plural}:\n{listed(shown)}", help=self.help or REPAIR_HELP)
+        lines: dict[str, list[int]] = {}
+        for line, what in sorted(self.found, key=lambda problem: problem[0]):
+            lines.setdefault(what, []).append(line)
+        told = [entry for what, where in lines.items() for entry in self._told(what, where)]
+        shown = [text for _, text in sorted(told, key=lambda entry: entry[0])]
+        uncounted = self.count - len(self.found)
+        more = f"\n  - and {uncounted} more, which were not kept" if uncounted else ""
+        raise DataError(f"{self.name} has {self.count} {plural}:\n{listed(shown)}{more}", help=self.help or REPAIR_HELP)
+
+    def _told(self, what: str, lines: list[int]) -> list[tuple[int, str]]:
+        """A few lines each for itself, many in one with the first of them named."""
+        place = f"{self.name}:" if self.unit == "line" else f"{self.name}, {self.unit} "
+        if len(lines) <= FEW:
+            return [(line, f"{place}{line}: {what}") for line in lines]
+        others = ", ".join(map(str, lines[1:NAMED_LINES])) + (", ..." if len(lines) > NAMED_LINES else "")
+        return [(lines[0], f"{place}{lines[0]}: {what} (and at {len(lines) - 1} more: {others})")]
 
 
 class RefusedJson(ValueError):
