@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | check | bench | docs | clean
+# make setup | demo | test | test-slow | coverage | check | bench | docs | clean
 # Everything lives in .venv; nothing else on the machine is touched. Options: PYTHON=python3.12, PYTEST_ARGS="-k lora".
 
 # The first Python that runs and is new enough, else whatever python3 is, for the message below.
@@ -14,7 +14,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench docs clean
+.PHONY: help setup demo test test-slow coverage check bench docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -46,6 +46,10 @@ test: setup
 
 test-slow: setup
 	@$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+coverage: setup
+	@$(PYTEST) -m "not slow and not gpu" --cov --cov-report= $(PYTEST_ARGS)
+	@$(BIN)/python -m tests.coverage_by_package
 
 check: setup
 	@$(BIN)/ruff check --quiet .
