@@ -19,6 +19,8 @@ from veneer.engine.hot import MERGED
 from veneer.engine.slots import Slot
 from veneer.errors import ConfigError, NotFound
 from veneer.library import Library
+from veneer.server import answers
+from veneer.server.answers import told
 from veneer.server.keys import LOCAL, Action, require, summary
 from veneer.server.openai import key_of, service_of
 from veneer.server.service import Service
@@ -60,7 +62,7 @@ class VllmUnload(Wire):
     lora_int_id: int | None = None
 
 
-@router.get("/admin/adapters")
+@router.get("/admin/adapters", **told(answers.AdapterList))
 async def adapters(request: Request) -> dict[str, Any]:
     """Every adapter the engine knows, with its state, uses and bytes, and the library's versions."""
     service = _allowed(request, "read")
@@ -79,7 +81,7 @@ async def adapters(request: Request) -> dict[str, Any]:
     return {"adapters": listed, "others": list(slots.values())}
 
 
-@router.get("/admin/adapters/{ref}")
+@router.get("/admin/adapters/{ref}", **told(answers.AdapterFacts, unready=answers.AdapterFacts))
 async def adapter(ref: str, request: Request) -> JSONResponse:
     """Readiness of one adapter: 200 while it is resident, 503 with its state otherwise."""
     service = _allowed(request, "read")
@@ -87,7 +89,7 @@ async def adapter(ref: str, request: Request) -> JSONResponse:
     return JSONResponse(facts, 200 if facts["state"] == "resident" else 503)
 
 
-@router.post("/admin/adapters/{ref}/load")
+@router.post("/admin/adapters/{ref}/load", **told(answers.Loading))
 async def load(ref: str, request: Request, body: Pin | None = None) -> dict[str, Any]:
     """Begin to load an adapter before somebody asks for it. Poll its readiness for the end."""
     service = _allowed(request, "load")
@@ -98,7 +100,7 @@ async def load(ref: str, request: Request, body: Pin | None = None) -> dict[str,
     return {"ref": found.uses[0].name, "digest": found.digests[0], "state": state}
 
 
-@router.post("/admin/adapters/{ref}/unload")
+@router.post("/admin/adapters/{ref}/unload", **told(answers.Unloaded))
 async def unload(ref: str, request: Request) -> dict[str, Any]:
     """Free an adapter's memory as soon as no stream uses it. It stays in the library, and a request loads it again."""
     service = _allowed(request, "load")
@@ -110,7 +112,7 @@ async def unload(ref: str, request: Request) -> dict[str, Any]:
     return {"ref": found.uses[0].name, "digest": digest, "state": states.get(digest, "available"), "freed_bytes": freed}
 
 
-@router.post("/admin/adapters/{ref}/pin")
+@router.post("/admin/adapters/{ref}/pin", **told(answers.AdapterFacts))
 async def pin(ref: str, request: Request, body: Pin) -> dict[str, Any]:
     """Keep a known adapter in memory, or let it go again."""
     service = _allowed(request, "load")
@@ -120,18 +122,18 @@ async def pin(ref: str, request: Request, body: Pin) -> dict[str, Any]:
     return await _facts_of(service, ref)
 
 
-@router.get("/admin/hot")
+@router.get("/admin/hot", **told(answers.HotFacts))
 async def hot(request: Request) -> dict[str, Any]:
     """The adapter that is merged beside the base: state (cold, merging, hot, checking, failed), bytes, checksum of the base."""
     service = _allowed(request, "read")
     return asdict(await service.loop.call(lambda: service.engine.hot))
 
 
-@router.post("/admin/adapters/{ref}/heat")
+@router.post("/admin/adapters/{ref}/heat", **told(answers.HotFacts))
 async def heat(ref: str, request: Request) -> dict[str, Any]:
-    """Begin to merge an adapter beside the base, so that steps with nobody else in them cost what the base costs. Poll /admin/hot.
+    """Begin to merge an adapter beside the base, so that steps with nobody else in them cost what the base costs.
 
-    All other adapters are served as before. One at a time: 409 while another one is hot.
+    Poll /admin/hot for the end. All other adapters are served as before. One at a time: 409 while another one is hot.
     """
     service = _allowed(request, "load")
     found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
@@ -139,7 +141,7 @@ async def heat(ref: str, request: Request) -> dict[str, Any]:
     return asdict(await service.loop.call(lambda: service.engine.heat(found.uses[0].name)))
 
 
-@router.post("/admin/cool")
+@router.post("/admin/cool", **told(answers.Cooled))
 async def cool(request: Request) -> dict[str, Any]:
     """Drop the merged set. The next step runs on the base; that nobody wrote to it is verified and shown by /admin/hot."""
     service = _allowed(request, "load")
@@ -147,7 +149,7 @@ async def cool(request: Request) -> dict[str, Any]:
     return {**asdict(await service.loop.call(lambda: service.engine.hot)), "freed_bytes": freed}
 
 
-@router.post("/admin/alias")
+@router.post("/admin/alias", **told(answers.Moved))
 async def alias(body: Move, request: Request) -> dict[str, Any]:
     """Move an alias at once, or not at all. Requests that run keep their version."""
     service = _allowed(request, "alias")
@@ -157,7 +159,7 @@ async def alias(body: Move, request: Request) -> dict[str, Any]:
     return {"name": moved.name, "alias": moved.alias, "version": moved.version, "weight": moved.weight}
 
 
-@router.post("/admin/rollback")
+@router.post("/admin/rollback", **told(answers.Moved))
 async def rollback(body: Back, request: Request) -> dict[str, Any]:
     """Point an alias at what it pointed to before."""
     service = _allowed(request, "alias")
@@ -165,21 +167,21 @@ async def rollback(body: Back, request: Request) -> dict[str, Any]:
     return {"name": moved.name, "alias": moved.alias, "version": moved.version, "weight": moved.weight}
 
 
-@router.get("/admin/keys")
+@router.get("/admin/keys", **told(answers.KeyList))
 async def keys(request: Request) -> dict[str, Any]:
     """Who may do what; never the keys."""
     service = _allowed(request, "read")
     return {"keys": [summary(key) for key in service.keyring.known]}
 
 
-@router.get("/admin/usage")
+@router.get("/admin/usage", **told(answers.Usage))
 async def usage(request: Request) -> dict[str, Any]:
     """Exact totals since the start, of every adapter version and every key."""
     service = _allowed(request, "read")
     return {"usage": {who: dict(total) for who, total in sorted(service.usage.items())}}
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", **told(answers.Loading))
 async def vllm_load(body: VllmLoad, request: Request) -> dict[str, Any]:
     """vLLM's route. The name must be in the library; there is nothing to register."""
     path = body.lora_path
@@ -191,7 +193,7 @@ async def vllm_load(body: VllmLoad, request: Request) -> dict[str, Any]:
     return await load(path or body.lora_name, request)
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", **told(answers.Unloaded))
 async def vllm_unload(body: VllmUnload, request: Request) -> dict[str, Any]:
     """vLLM's route: free the memory. The adapter stays in the library."""
     return await unload(body.lora_name, request)

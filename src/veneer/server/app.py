@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from veneer import __version__
 from veneer.errors import Busy, Denied, VeneerError
 from veneer.server import admin, bodies, openai
+from veneer.server.answers import ERRORS, Health, Readiness, told, told_text
 from veneer.server.keys import require
 from veneer.server.service import Service
 
@@ -39,13 +40,15 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.loop.stop(service.settings.drain)
 
-    app = FastAPI(title="veneer", version=__version__, lifespan=life, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="veneer", version=__version__, lifespan=life, docs_url="/docs", redoc_url=None, responses=ERRORS
+    )
     app.state.service = service
     app.include_router(openai.router)
     app.include_router(admin.router)
-    app.add_api_route("/health", health, tags=["operations"])
-    app.add_api_route("/ready", ready, tags=["operations"])
-    app.add_api_route("/metrics", metrics, tags=["operations"])
+    app.add_api_route("/health", health, tags=["operations"], **told(Health, unready=Health))
+    app.add_api_route("/ready", ready, tags=["operations"], **told(Readiness, unready=Readiness))
+    app.add_api_route("/metrics", metrics, tags=["operations"], **told_text("text/plain"))
     app.add_exception_handler(VeneerError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from veneer.engine import Delta, Event, Failed, Finished
 from veneer.engine.intake import Ticket
 from veneer.errors import ConfigError, VeneerError
-from veneer.server import bodies, logs
+from veneer.server import answers, bodies, logs
+from veneer.server.answers import told
 from veneer.server.keys import Key
 from veneer.server.loop import Stream
 from veneer.server.service import Asked, Service
@@ -88,7 +89,7 @@ class Answer:
         )
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions", **told(answers.ChatCompletion, stream=True))
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     body.refuse_tools()
@@ -97,7 +98,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     return await _answer(request, body, [[m.plain() for m in body.messages]], most, top, chat=True)
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions", **told(answers.TextCompletion, stream=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one text or several."""
     body.refuse_unsupported()
@@ -105,7 +106,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return await _answer(request, body, body.prompts(), most, body.logprobs, chat=False, echo=body.echo)
 
 
-@router.get("/models")
+@router.get("/models", **told(answers.ModelList))
 async def models(request: Request) -> dict[str, Any]:
     """The base and every adapter of the library that this key may use."""
     service, key = service_of(request), key_of(request)
@@ -117,7 +118,7 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": cards}
 
 
-@router.get("/models/{model:path}")
+@router.get("/models/{model:path}", **told(answers.ModelCard))
 async def model(model: str, request: Request) -> dict[str, Any]:
     """One of them."""
     service, key = service_of(request), key_of(request)
