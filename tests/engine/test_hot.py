@@ -132,13 +132,21 @@ def test_a_hot_step_costs_the_base_products_and_nothing_else(monkeypatch: pytest
     running.add("a", lora(base, 1))
     heated(running, "a")
     products, updates = [], []
-    apply, update = DenseFrozen.apply, adapted.add_low_rank
-    monkeypatch.setattr(DenseFrozen, "apply", lambda self, x: (products.append(1), apply(self, x))[1])
+    update = adapted.add_low_rank
+    for method in ("apply", "scores"):
+        _counted(monkeypatch, method, products)
     monkeypatch.setattr(adapted, "add_low_rank", lambda *a: (updates.append(1), update(*a))[1])
     monkeypatch.setattr(low_rank, "_infer_stacked", lambda *a: pytest.fail("an update was computed"))
     tokens(running, [Request(ids(i, 9), adapter="a", max_tokens=4) for i in range(4)])
     assert updates == []
-    assert len(products) == 4 * (4 * base.config.layers + 1)
+    steps = 4
+    heads = steps * 2  # in fp32 the scores ask apply
+    assert len(products) == steps * 4 * base.config.layers + heads
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, method: str, calls: list[int]) -> None:
+    original = getattr(DenseFrozen, method)
+    monkeypatch.setattr(DenseFrozen, method, lambda self, x: (calls.append(1), original(self, x))[1])
 
 
 def test_the_cost_is_what_the_tensors_take_and_is_charged_to_the_budget() -> None:

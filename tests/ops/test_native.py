@@ -225,6 +225,17 @@ def test_product_of_few_rows(n: int, m: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("n", [1, 7, 9, 64])
+@pytest.mark.parametrize("m", [1, 33])
+def test_scores_are_not_rounded(n: int, m: int) -> None:
+    x, w = bf16(n, 160)[:, 32:], bf16(m, 128, seed=1)
+    found = few.scores(x, w)
+    assert found is not None and found.dtype == torch.float32
+    assert relative(found, x.double() @ w.double().t()) < 2e-6
+    assert few.scores(bf16(65, 128), w) is None
+
+
+@needs_kernels
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads, kv, d", [(9, 3, 64), (4, 4, 16), (16, 1, 128)])
 def test_decode(heads: int, kv: int, d: int, window: int | None) -> None:

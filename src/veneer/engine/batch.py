@@ -175,7 +175,7 @@ def join(residents: Sequence[Resident], groups: Mapping[str, Group]) -> Bank:
     banks = [resident.bank for resident in residents]
     if len(banks) == 1:
         return banks[0]
-    split = frozenset().union(*(bank.split for bank in banks))
+    split = frozenset().union(*(bank.split for bank in banks)) | _replaced(banks, groups)
     whole = {name for bank in banks for name in bank.groups if name in groups} - split
     packed = {name: _side_by_side([_pack_of(bank, name) for bank in banks]) for name in sorted(whole)}
     for name in sorted(split):
@@ -193,6 +193,12 @@ def join(residents: Sequence[Resident], groups: Mapping[str, Group]) -> Bank:
         embedding=tuple(e for bank in banks for e in bank.embedding),
         invocations=tuple(i for bank in banks for i in bank.invocations),
     )
+
+
+def _replaced(banks: Sequence[Bank], groups: Mapping[str, Group]) -> frozenset[str]:
+    """Groups of several parts of which an adapter replaces one: they run part by part, also for the other adapters."""
+    names = {name.rpartition(".")[0] for bank in banks for own in bank.overrides for name in own}
+    return frozenset(g.name for g in groups.values() if len(g.parts) > 1 and any(p.path in names for p in g.parts))
 
 
 def _pack_of(bank: Bank, name: str) -> Pack | None:

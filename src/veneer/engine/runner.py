@@ -39,7 +39,7 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits `[n, vocab]` of the sequences that are ready for a token."""
+    """Logits `[n, vocab]`, fp32, of the sequences that are ready for a token."""
 
     seqs: tuple[Seq, ...]
     logits: torch.Tensor
@@ -104,7 +104,7 @@ class Runner:
         with torch.inference_mode():
             ids = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
             hidden = decoder.forward(ids, segments, bank, self.arena, wanted)
-            logits = decoder.logits(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
+            logits = decoder.scores(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
         for work in batch:
             work.seq.stored += work.count
         return None if logits is None else Scores(tuple(ready), logits)

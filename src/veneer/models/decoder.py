@@ -159,6 +159,18 @@ class Decoder:
         cap = self.config.logit_softcap
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
+    def scores(self, hidden: Tensor, spans: Sequence[Span], bank: Bank) -> Tensor:
+        """`logits` in fp32 for choosing tokens, without a gradient. Rounded to bf16 the likeliest tokens would often tie."""
+        with torch.no_grad():
+            if self._head_is_adapted(spans, bank):
+                return self.logits(hidden, spans, bank).float()
+            head = self.groups["head"]
+            assert isinstance(head.frozen, DenseFrozen)
+            found = head.frozen.scores(hidden)
+            found = found if head.bias is None else found + head.bias
+            cap = self.config.logit_softcap
+            return found if cap is None else torch.tanh(found / cap) * cap
+
     def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None, spans: Sequence[Span], bank: Bank) -> Tensor:
         """Sum over rows of weight * negative log-likelihood of `labels`, fp32. Rows are the labelled ones."""
         if self._head_is_adapted(spans, bank):

@@ -61,6 +61,15 @@ class DenseFrozen:
     def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:
         return product(dy, self.weight)
 
+    @torch.no_grad()
+    def scores(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
+        """`apply` in fp32, for scores over a vocabulary: two tokens may differ by less than bf16 can say.
+
+        With the kernels the sums are kept as they are; without them a 16-bit product is rounded first, as everywhere.
+        """
+        found = few.scores(x, self.weight)
+        return self.apply(x).to(torch.promote_types(x.dtype, torch.float32)) if found is None else found
+
 
 @torch.no_grad()
 def product(x: Float[Tensor, "n k"], w: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:

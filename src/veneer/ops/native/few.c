@@ -13,8 +13,10 @@
 #define LANES 16
 #define AHEAD 8192 /* bytes of W asked for before they are needed */
 
-/* Two rows of W against `n` rows of x. */
-INLINE void two_rows(const int n, const bf16 *x, long x_row, const bf16 *w, long k, bf16 *y, long y_row, int both, int add) {
+enum { SET, ADD, WIDE }; /* what becomes of a product: y = bf16, y += bf16, y = fp32 as it was summed */
+
+/* Two rows of W against `n` rows of x. y_row counts elements of y. */
+INLINE void two_rows(const int n, const bf16 *x, long x_row, const bf16 *w, long k, void *out, long y_row, int both, const int how) {
     __m512 a[8], b[8];
     for (int i = 0; i < n; i++) a[i] = b[i] = _mm512_setzero_ps();
     for (long j = 0; j < k; j += 32) {
@@ -27,10 +29,19 @@ INLINE void two_rows(const int n, const bf16 *x, long x_row, const bf16 *w, long
             b[i] = dot(b[i], second, v);
         }
     }
+    if (how == WIDE) {
+        for (int i = 0; i < n; i++) {
+            float *to = (float *)out + i * y_row;
+            to[0] = _mm512_reduce_add_ps(a[i]);
+            if (both) to[1] = _mm512_reduce_add_ps(b[i]);
+        }
+        return;
+    }
+    bf16 *y = out;
     for (int i = 0; i < n; i++) {
         bf16 narrowed[16] = {0};
         __m512 sum = _mm512_mask_blend_ps(1, _mm512_set1_ps(_mm512_reduce_add_ps(b[i])), _mm512_set1_ps(_mm512_reduce_add_ps(a[i])));
-        if (add) {
+        if (how == ADD) {
             memcpy(narrowed, y + i * y_row, both ? 4 : 2);
             sum = _mm512_add_ps(sum, load_bf16(narrowed));
         }
@@ -39,16 +50,16 @@ INLINE void two_rows(const int n, const bf16 *x, long x_row, const bf16 *w, long
     }
 }
 
-static void rows_of(long n, const bf16 *x, long x_row, const bf16 *w, long k, bf16 *y, long y_row, int both, int add) {
+INLINE void rows_of(long n, const bf16 *x, long x_row, const bf16 *w, long k, void *y, long y_row, int both, const int how) {
     switch (n) {
-    case 1: two_rows(1, x, x_row, w, k, y, y_row, both, add); break;
-    case 2: two_rows(2, x, x_row, w, k, y, y_row, both, add); break;
-    case 3: two_rows(3, x, x_row, w, k, y, y_row, both, add); break;
-    case 4: two_rows(4, x, x_row, w, k, y, y_row, both, add); break;
-    case 5: two_rows(5, x, x_row, w, k, y, y_row, both, add); break;
-    case 6: two_rows(6, x, x_row, w, k, y, y_row, both, add); break;
-    case 7: two_rows(7, x, x_row, w, k, y, y_row, both, add); break;
-    default: two_rows(8, x, x_row, w, k, y, y_row, both, add);
+    case 1: two_rows(1, x, x_row, w, k, y, y_row, both, how); break;
+    case 2: two_rows(2, x, x_row, w, k, y, y_row, both, how); break;
+    case 3: two_rows(3, x, x_row, w, k, y, y_row, both, how); break;
+    case 4: two_rows(4, x, x_row, w, k, y, y_row, both, how); break;
+    case 5: two_rows(5, x, x_row, w, k, y, y_row, both, how); break;
+    case 6: two_rows(6, x, x_row, w, k, y, y_row, both, how); break;
+    case 7: two_rows(7, x, x_row, w, k, y, y_row, both, how); break;
+    default: two_rows(8, x, x_row, w, k, y, y_row, both, how);
     }
 }
 
@@ -57,7 +68,16 @@ void few_rows(const bf16 *x, long x_row, const bf16 *w, long n, long m, long k, 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < m; r += 2)
         for (long i = 0; i < n; i += 8)
-            rows_of(n - i < 8 ? n - i : 8, x + i * x_row, x_row, w + r * k, k, y + i * y_row + r, y_row, r + 1 < m, add);
+            if (add) rows_of(n - i < 8 ? n - i : 8, x + i * x_row, x_row, w + r * k, k, y + i * y_row + r, y_row, r + 1 < m, ADD);
+            else rows_of(n - i < 8 ? n - i : 8, x + i * x_row, x_row, w + r * k, k, y + i * y_row + r, y_row, r + 1 < m, SET);
+}
+
+/* The same product with its sums unrounded: scores over a vocabulary, where two of them may differ by less than bf16 can say. */
+void few_scores(const bf16 *x, long x_row, const bf16 *w, long n, long m, long k, float *y, long y_row, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < m; r += 2)
+        for (long i = 0; i < n; i += 8)
+            rows_of(n - i < 8 ? n - i : 8, x + i * x_row, x_row, w + r * k, k, y + i * y_row + r, y_row, r + 1 < m, WIDE);
 }
 
 /* The queries of one group of heads, a column each, against one sequence's keys [begin, end). */

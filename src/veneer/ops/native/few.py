@@ -23,14 +23,37 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     return y if _run(x, weight, y, add=False) else None
 
 
+MANY = 64
+"""Rows up to which the scores of a whole step are one call."""
+
+
+def scores(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x `[n, k]` times weight `[m, k]` transposed, fp32 as it was summed: for scores over a vocabulary."""
+    if not _suits(x, weight) or len(x) > MANY:
+        return None
+    kernels = library()
+    if kernels is None:
+        return None
+    y = torch.empty(len(x), len(weight), dtype=torch.float32)
+    kernels.few_scores(
+        c_void_p(x.data_ptr()), c_long(x.stride(0)), c_void_p(weight.data_ptr()), c_long(len(x)), c_long(len(weight)),
+        c_long(x.shape[1]), c_void_p(y.data_ptr()), c_long(y.stride(0)), c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return y
+
+
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
     """y += x weight^T in place; y may be columns of a wider tensor. False: nothing was done."""
     return _fits(x, weight) and y.dtype == x.dtype and y.stride(1) == 1 and _run(x, weight, y, add=True)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
+    return len(x) <= FEW and _suits(x, weight)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
     kind = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return kind and len(x) <= FEW and x.shape[1] % 32 == 0 and x.stride(1) == 1 and weight.is_contiguous()
+    return kind and x.shape[1] % 32 == 0 and x.stride(1) == 1 and weight.is_contiguous()
 
 
 def _run(x: Tensor, weight: Tensor, y: Tensor, *, add: bool) -> bool:
