@@ -38,7 +38,8 @@ _log = logging.getLogger(__name__)
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Write `adapter` to the folder `path`: it is there whole, or what was there before is."""
     adapter = folded(adapter).map_tensors(_storable)
-    problems = _problems({f"{p.kind} {p.target or ''} {n}": t for p in adapter.parts for n, t in p.tensors.items()})
+    named = {f"{p.kind} {p.target or ''} {n}": t for p in adapter.parts for n, t in p.tensors.items()}
+    problems = _malformed(named) + first_non_finite(named)
     if not adapter.parts:
         problems.append("the adapter has no parts")
     if problems:
@@ -146,20 +147,22 @@ def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
 def _read_tensors(folder: Path, mapped: bool) -> dict[str, Tensor]:
     file = open_tensors(plain_file(folder, TENSORS))
     tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.tensors}
-    problems = _problems(tensors)
+    problems = _malformed(tensors)
+    if not file.sums_are_finite():
+        problems += first_non_finite(tensors)
     if problems:
         raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")
     return tensors
 
 
-def _problems(tensors: dict[str, Tensor]) -> list[str]:
+def _malformed(tensors: dict[str, Tensor]) -> list[str]:
     empty = [f"'{name}' has no elements: {list(t.shape)}" for name, t in tensors.items() if t.numel() == 0]
     odd = [
         f"'{name}' is {t.dtype}, expected floating point numbers"
         for name, t in tensors.items()
         if not t.is_floating_point() and t.dtype not in (torch.int64, torch.int32)
     ]
-    return empty + odd + first_non_finite(tensors)
+    return empty + odd
 
 
 def _without_pruned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ The surprise: tensors come from a private copy-on-write mapping, so a careless w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -71,6 +72,23 @@ class TensorFile:
         flat = torch.frombuffer(self._mapping, dtype=DTYPES[info.dtype], count=count, offset=info.start)
         return flat.view(info.shape)
 
+    def sums_are_finite(self) -> bool:
+        """Whether each run of tensors of one floating dtype has a finite sum, which proves that every value is finite.
+
+        A false answer proves nothing: a sum may overflow, and single bytes have none. Ask each tensor then.
+        """
+        ordered = sorted(self.tensors.values(), key=lambda info: info.start)
+        for name, run in itertools.groupby(ordered, key=lambda info: info.dtype):
+            dtype, infos = DTYPES[name], list(run)
+            count = (infos[-1].stop - infos[0].start) // dtype.itemsize
+            if dtype.is_floating_point and count:
+                if dtype.itemsize == 1:
+                    return False
+                flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=infos[0].start)
+                if not bool(torch.isfinite(flat.sum())):
+                    return False
+        return True
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -91,14 +109,17 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._home)
 
-    def info(self, name: str) -> TensorInfo:
+    def file(self, name: str) -> TensorFile:
+        """The file that holds `name`."""
         if name not in self._home:
             raise NotFound(f"this checkpoint has no tensor '{name}'", help=did_you_mean(name, list(self)))
-        return self._home[name].tensors[name]
+        return self._home[name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self.file(name).tensors[name]
 
     def tensor(self, name: str) -> Tensor:
-        self.info(name)
-        return self._home[name].tensor(name)
+        return self.file(name).tensor(name)
 
 
 def plain_file(folder: Path, name: str) -> Path:

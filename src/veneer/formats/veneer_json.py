@@ -78,7 +78,7 @@ class Sidecar(BaseModel):
 def scales(adapter: Adapter) -> dict[str, float]:
     """The effective scale of every target that has one."""
     own = (p for p in adapter.parts if p.kind == adapter.spec.kind and p.target is not None and "A" in p.tensors)
-    return {p.target: adapter.scale(p.target) for p in own if p.target is not None}
+    return {p.target: adapter.spec.scale(p.target, p.tensors["A"].shape[0]) for p in own if p.target is not None}
 
 
 def describe(adapter: Adapter, layout: Literal["peft", "veneer"]) -> Sidecar:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ class Library:
     ) -> Added:
         blobs, catalogue = self._place.blobs, self._catalogue(create=True)
         if not blobs.is_local:
-            _publish(self, staged)  # a slow upload, before the lock
+            _published(self, staged)  # a slow upload, before the lock
         with catalogue.write() as connection:
             lineage = [queries.find(connection, reference).digest for reference in ancestors]
             lineage = list(dict.fromkeys([*check_parents(staged.adapter), *lineage]))
@@ -102,8 +103,10 @@ class Library:
             manifest = Manifest(**facts, version=number, files=listed, parents=tuple(lineage))
             content = seal(manifest)
             version = manifest.describes(content)
-            _publish(self, staged)  # after a slow upload gc may have come, so this looks again
-            blobs.write(blobs.path("manifests", version.name, f"{number}.json"), content)
+            published = _published(self, staged)  # after a slow upload gc may have come, so this looks again
+            record = blobs.path("manifests", version.name, f"{number}.json")
+            blobs.write(record, content, durable=False)
+            blobs.settle([record, *published])
             queries.insert_version(connection, version, staged.files, lineage, manifest.metrics)
             queries.set_next_version(connection, version.name, number + 1)
         return Added(version, True, notes)
@@ -115,7 +118,8 @@ class Library:
         for file in staged.files:
             if file.blob in known and not blobs.is_intact(file.blob):
                 blobs.delete(blobs.blob_path(file.blob))
-                blobs.publish(staged.paths[file.path], file.blob)
+                healed = blobs.publish(staged.paths[file.path], file.blob)
+                blobs.settle([healed] if healed else [])
 
     def record(self, ref: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record what was measured for a version, for gates to look at. A metric measured again takes the new value."""
@@ -207,12 +211,23 @@ class Library:
     # Reading
 
     def load(self, version: Version | str) -> Adapter:
-        """The adapter itself, every byte checked. A local library links the files, a remote one downloads them."""
-        files = self._adapter_files(version)
-        with self._place.blobs.staging() as folder:
+        """The adapter itself, every byte checked.
+
+        A local library's blobs never change, so the tensors are mapped and not copied; they are hashed meanwhile. A remote one's
+        are downloaded.
+        """
+        from veneer.formats import load
+
+        files, blobs = self._adapter_files(version), self._place.blobs
+        with blobs.staging() as folder, ThreadPoolExecutor(1) as pool:
+            place = blobs.link if blobs.is_local else blobs.copy_out
             for path, blob in files:
-                self._place.blobs.fetch(blob, folder / path)
-            return Adapter.load(folder)
+                place(blob, folder / path)
+            checked = pool.submit(lambda: [blobs.check(blob) for _, blob in files] if blobs.is_local else [])
+            try:
+                return load(folder, mapped=True)
+            finally:
+                checked.result()  # where a blob is damaged, that is the error, whatever the reader found
 
     def checkout(self, version: Version | str, out: str | os.PathLike[str]) -> Path:
         """Write the version's adapter folder at `out`, byte for byte as it was added. `out` must not exist."""
@@ -345,9 +360,10 @@ class Library:
         return self._clock().isoformat(timespec="milliseconds")
 
 
-def _publish(library: Library, staged: Staged) -> None:
-    for file in staged.files:
-        library._place.blobs.publish(staged.paths[file.path], file.blob)
+def _published(library: Library, staged: Staged) -> list[str]:
+    """Make blobs of what was staged; the paths that are to be flushed."""
+    paths = (library._place.blobs.publish(staged.paths[file.path], file.blob) for file in staged.files)
+    return [path for path in paths if path is not None]
 
 
 def _descendants(connection: Connection, gone: Sequence[Version]) -> list[str]:
