@@ -100,7 +100,7 @@ class Override:
     rows: Tensor | None = None
 
 
-HostKind: TypeAlias = Literal["linear", "conv1d", "embedding", "sublayer", "tokens", "kv"]
+HostKind: TypeAlias = Literal["linear", "conv1d", "conv", "embedding", "sublayer", "tokens", "kv"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class HostShape:
     """The size of a place that can carry a part.
 
     linear, conv1d    in_features, out_features of y = x W^T (GPT-2's Conv1D stores the transpose)
+    conv              a convolution of 1 to 3 dimensions as the matrix that its patches meet: in_features = channels of one group
+                      times the kernel's cells, out_features = channels out; `kernel` and `groups` are the module's own
     embedding         in_features = vocabulary, out_features = hidden
     sublayer          both are hidden
     tokens            in_features = vocabulary, out_features = hidden
@@ -119,6 +121,8 @@ class HostShape:
     out_features: int
     has_bias: bool = False
     layers: int = 1
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,18 @@ class Factors:
     """What an init gives: A `[rank, in]` and B `[out, rank]`.
 
     With `shifted`, training starts from W - scale * B @ A in place of W, so that the sum is W; the adapter is stored as an
-    update of the original W (rank doubles), so the base never changes.
+    update of the original W (rank doubles), so the base never changes. What is taken away there is A and B themselves, or
+    `taken`, another pair of their shapes.
     """
 
     A: Tensor
     B: Tensor
     shifted: bool = False
+    taken: tuple[Tensor, Tensor] | None = None
+
+
+HELD_FACTORS: dict[str, frozenset[str]] = {}
+"""Init -> factors that stay as it makes them (MiCA's B). Filled by `inits/`, read by the methods: neither knows the other."""
 
 
 Primitive: TypeAlias = LowRank | InScale | OutScale | Bias | Bottleneck | Tokens | KV | Override

@@ -157,7 +157,7 @@ def test_fields_that_make_no_sense(saved: Path, config: dict[str, Any]) -> None:
 def test_a_type_that_is_not_here(saved: Path, kind: str | None) -> None:
     (saved / OURS).unlink()
     edit_json(saved / CONFIG, peft_type=kind)
-    with pytest.raises(FormatError, match="known: IA3, LORA, "):
+    with pytest.raises(FormatError, match="known: ADALORA, IA3, LORA, "):
         Adapter.load(saved)
 
 

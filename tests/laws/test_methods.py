@@ -11,13 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.laws.world import KINDS, World, carried_out, fresh, host_of, inputs, method, own_parts, stirred, world
+from tests.laws.world import (
+    KINDS,
+    World,
+    carried_out,
+    fresh,
+    host_of,
+    inputs,
+    lowered_at,
+    method,
+    own_parts,
+    stirred,
+    world,
+)
 from veneer.adapter import Adapter
-from veneer.base.host import Host
+from veneer.base.host import DenseHost, Host
 from veneer.errors import Unsupported
 from veneer.inits import INITS
 from veneer.methods import METHODS, complete, folded, host_at, lower, merged, start_parts
-from veneer.methods._lowrank import LowRankMethod
+from veneer.methods._lowrank import ScaledMethod
 from veneer.types import BaseShape, Factors, Lowered
 
 WEIGHT = sorted(kind for kind, cls in METHODS.items() if cls.site == "weight")
@@ -46,7 +58,7 @@ def test_a_fresh_adapter_changes_nothing_bitwise(kind: str, host_kind: str) -> N
     for part in own_parts(adapter):
         host = base.host(part.target)
         x = inputs(host)
-        assert torch.equal(carried_out(lowered.weights[part.target], x, host), carried_out((), x, host))
+        assert torch.equal(carried_out(lowered_at(lowered, part.target), x, host), carried_out((), x, host))
 
 
 @pytest.mark.parametrize("host_kind", ["linear", "biased", "conv1d", "embedding"])
@@ -78,8 +90,14 @@ def test_forward_is_lowered_is_merged(kind: str, host_kind: str) -> None:
         else:
             dense = F.linear(x.float(), weight, None if bias is None else bias.float())
         torch.testing.assert_close(forward.float(), dense, **tolerance)
-        torch.testing.assert_close(carried_out(lowered.weights[part.target], x, host).float(), dense, **tolerance)
+        torch.testing.assert_close(carried_out(lowered_at(lowered, part.target), x, host).float(), dense, **tolerance)
         assert not torch.equal(dense, host.apply(x).float()), "the law must be tried on an adapter that does something"
+
+
+def sizes(rank: int, out: int, inp: int) -> dict[str, int]:
+    """What fits a layer of this size, for whichever method asks."""
+    rank = min(rank, out, inp)
+    return {"rank": rank, "target_rank": min(rank, 2), "block": next(b for b in (4, 3, 2, inp) if inp % b == 0)}
 
 
 @pytest.mark.parametrize("kind", WEIGHT)
@@ -89,11 +107,14 @@ def test_the_same_law_at_any_size(kind: str, out: int, inp: int, rank: int, rows
     host_kind = data.draw(st.sampled_from(["linear", "biased", "conv1d"]))
     target = data.draw(st.sampled_from(["model.layers.3.mlp.down_proj", "model.layers.3.self_attn.k_proj", "head"]))
     host = host_of(host_kind, out, inp, seed=out * 100 + inp)
-    spec = method(kind, **({"rank": min(rank, out, inp)} if "rank" in METHODS[kind].model_fields else {}))
+    spec = method(kind, **{k: v for k, v in sizes(rank, out, inp).items() if k in METHODS[kind].model_fields})
+    if spec.refusal(target, host.shape) is not None:
+        spec = spec.model_copy(update={"rank": out * inp // (out + inp)})  # a sparse update has a limit of its own
+        assert spec.refusal(target, host.shape) is None
     base = World(BaseShape(0, 0, 0, 0, 0, 0, {target: host.shape}), {target: host})
     scale = (
         spec.scale(target, spec.rank_at(target))
-        if spec.rank_at(target) and issubclass(METHODS[kind], LowRankMethod)
+        if spec.rank_at(target) and issubclass(METHODS[kind], ScaledMethod)
         else 1.0
     )
 
@@ -107,8 +128,33 @@ def test_the_same_law_at_any_size(kind: str, out: int, inp: int, rank: int, rows
     dense = F.linear(x, weight, bias)
     whole = complete(adapter, adapter.part(target))
     torch.testing.assert_close(spec.forward(x, whole, host), dense, rtol=1e-4, atol=1e-4)
-    primitives = lower(adapter, base).weights[target]
+    primitives = lowered_at(lower(adapter, base), target)
     torch.testing.assert_close(carried_out(primitives, x, host), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("host_kind", ["linear", "conv1d", "embedding"])
+@pytest.mark.parametrize("kind", sorted(set(WEIGHT) - {"dora"}))  # DoRA holds its norm constant on purpose
+def test_gradients_are_the_numerical_ones_in_fp64(kind: str, host_kind: str) -> None:
+    """Of the definition and of the lowered form, in every trained tensor of a part."""
+    adapter, base = on(kind, host_kind)
+    adapter = stirred(adapter).map_tensors(lambda t: t.double() if t.is_floating_point() else t)
+    part = own_parts(adapter)[0]
+    whole, plain = complete(adapter, part), base.host(part.target)
+    stored = plain.weight().t() if host_kind != "linear" else plain.weight()
+    host = DenseHost(stored.double(), None if plain.bias is None else plain.bias.double(), kind=plain.shape.kind)
+    x = inputs(host)
+    trained = [n for n, t in part.tensors.items() if n not in adapter.spec.frozen() and t.is_floating_point()]
+
+    def output(*values: torch.Tensor) -> torch.Tensor:
+        moved = replace(whole, tensors={**whole.tensors, **dict(zip(trained, values, strict=True))})
+        once = World(base.shape, {part.target: host})
+        lowered = adapter.spec.lower_into(Lowered(), moved, once)
+        by_definition = adapter.spec.forward(x, moved, host)
+        as_run = carried_out(lowered_at(lowered, part.target), x, host)
+        torch.testing.assert_close(as_run, by_definition, rtol=1e-9, atol=1e-9)
+        return torch.stack([by_definition.sin().sum(), as_run.sin().sum()])
+
+    assert torch.autograd.gradcheck(output, [whole.tensors[n].clone().requires_grad_() for n in trained])
 
 
 @pytest.mark.parametrize("host_kind", ["linear", "biased", "conv1d", "embedding"])
@@ -186,7 +232,7 @@ def test_folding_keeps_the_function_and_is_done_once(kind: str) -> None:
     assert folded(once).digest == once.digest
 
 
-@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if issubclass(cls, LowRankMethod)))
+@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if issubclass(cls, ScaledMethod)))
 def test_scaled_multiplies_the_scale_exactly(kind: str) -> None:
     base = world()
     adapter = fresh(method(kind, alpha_pattern={"down_proj": 7.0}), base)
@@ -199,7 +245,7 @@ def test_scaled_multiplies_the_scale_exactly(kind: str) -> None:
             torch.testing.assert_close(moved.scaled(0.5).delta(target), 0.5 * moved.delta(target))
 
 
-@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if not issubclass(cls, LowRankMethod)))
+@pytest.mark.parametrize("kind", sorted(k for k, cls in METHODS.items() if not issubclass(cls, ScaledMethod)))
 def test_a_method_without_a_scale_says_so(kind: str) -> None:
     adapter = fresh(method(kind), world())
     with pytest.raises(Unsupported, match="cannot be scaled"):

@@ -11,22 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.adapter import Adapter, Part
-from veneer.base.host import DenseHost, Host
 from veneer.base.formats import load_all as load_formats
+from veneer.base.host import DenseHost, Host
 from veneer.base.quantized import QuantizedHost
 from veneer.inits import INITS, InitStats
 from veneer.inits import load_all as load_inits
 from veneer.inject.create import create
 from veneer.methods import METHODS, Method, load_all
-from veneer.types import BaseShape, Bias, HostShape, InScale, LowRank, OutScale, Override, Primitive
+from veneer.types import BaseShape, Bias, HostShape, InScale, Lowered, LowRank, OutScale, Override, Primitive
 
 load_all()
 load_inits()
 
 HIDDEN, VOCAB, INNER = 16, 24, 20
-SMALL: Mapping[str, Any] = {"rank": 3, "num_tokens": 4, "tokens": (1, 5, 7), "size": 5, "encoder_size": 6, "alpha": 5.0}
+SMALL: Mapping[str, Any] = {
+    "rank": 3, "num_tokens": 4, "tokens": (1, 5, 7), "size": 5, "encoder_size": 6, "alpha": 5.0, "target_rank": 2, "block": 4,
+}  # fmt: skip
 SIZES = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "up_proj": (20, 16), "down_proj": (16, 20)}
-KINDS = ("linear", "biased", "bf16", "conv1d", "embedding", "nf4", "int8")
+KINDS = ("linear", "biased", "bf16", "conv1d", "embedding", "nf4", "bof4-s", "int8")
 
 
 def method(kind: str, **fields: Any) -> Method:
@@ -87,7 +89,7 @@ def stats_for(base: World) -> dict[str, InitStats]:
         noise = torch.randn(host.shape.out_features, host.shape.in_features, generator=generator)
         found[path] = InitStats(
             weight=host.weight().float() + 0.01 * noise, gradient=noise, components=v, energies=s,
-            total=float(s.square().sum()),
+            total=float(s.square().sum()), covariance=(seen.t() @ seen).double() / len(seen),
         )  # fmt: skip
     return found
 
@@ -119,9 +121,7 @@ def inputs(host: Host, rows: int = 5, seed: int = 3) -> Tensor:
 
 def carried_out(primitives: Sequence[Primitive], x: Tensor, host: Host) -> Tensor:
     """y = ((x * in_scale) W^T + low rank) * out_scale + bias, one primitive after the other."""
-    weight, bias = host.weight(), host.bias
-    replaced = [p for p in primitives if isinstance(p, Override)]
-    assert not replaced
+    weight, bias = _weight(primitives, host), host.bias
     embedding = host.shape.kind == "embedding"
     for p in primitives:
         if isinstance(p, InScale):
@@ -142,10 +142,26 @@ def carried_out(primitives: Sequence[Primitive], x: Tensor, host: Host) -> Tenso
     return y
 
 
+def _weight(primitives: Sequence[Primitive], host: Host) -> Tensor:
+    """The weight `[out, in]`, or what replaces it, in the host's dtype."""
+    found = [p.value for p in primitives if isinstance(p, Override)]
+    if not found:
+        return host.weight()
+    return (found[0].t() if host.shape.kind in ("conv1d", "embedding") else found[0]).to(host.dtype)
+
+
+def lowered_at(lowered: Lowered, target: str) -> tuple[Primitive, ...]:
+    """Everything that happens at one target: the weight that replaces the base's, then the rest."""
+    override = lowered.overrides.get(f"{target}.weight")
+    return (*(() if override is None else (override,)), *lowered.weights.get(target, ()))
+
+
 def own_parts(adapter: Adapter) -> list[Part]:
     """The parts of the adapter's own method that stand at a target."""
     return [p for p in adapter.parts if p.kind == adapter.spec.kind and p.target is not None]
 
 
 def unshifted_inits() -> list[str]:
-    return sorted(set(INITS) - {"pissa", "pissa_fast", "olora", "lora_ga", "loftq"})
+    return sorted(
+        set(INITS) - {"pissa", "pissa_fast", "olora", "corda", "corda_kpm", "lora_ga", "lora_one", "loftq", "qpissa"}
+    )

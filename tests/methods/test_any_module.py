@@ -34,6 +34,7 @@ def opt() -> Any:
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "modules_to_save": ["fc2"], "targets": ["q_proj", "v_proj"]}, "dora": {"rank": 2},
     "ia3": {"targets": ["k_proj", "v_proj", "fc2"], "feedforward": ["fc2"]}, "vera": {"rank": 4}, "bitfit": {},
+    "lora_xs": {"rank": 4}, "adalora": {"rank": 4, "target_rank": 2}, "shira": {"rank": 2}, "oft": {"block": 8},
     "full": {"targets": ["fc1"]}, "token_rows": {"tokens": IDS[0, :3].unique().tolist()},
     "bottleneck": {"modules": ["model.decoder.layers.0.self_attn", "model.decoder.layers.1.fc2"], "size": 3},
 }  # fmt: skip

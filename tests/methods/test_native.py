@@ -63,6 +63,7 @@ METHOD_FIELDS: dict[str, dict[str, Any]] = {
     "bottleneck": {"style": "houlsby", "size": 4},
     "prompt": {"num_tokens": 3}, "ptuning": {"num_tokens": 3, "encoder": "lstm", "encoder_size": 5},
     "prefix": {"num_tokens": 3, "encoder": 6},
+    "lora_xs": {"rank": 4}, "adalora": {"rank": 4, "target_rank": 2}, "shira": {"rank": 2}, "oft": {"block": 8},
 }  # fmt: skip
 
 
@@ -113,6 +114,23 @@ def peft_cases() -> dict[str, Callable[[Any], Any]]:
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task
         ),
         "vera": lambda p: p.VeraConfig(r=8, target_modules=["q_proj", "up_proj"], **task),
+        "lora with a bias of its own": lambda p: p.LoraConfig(target_modules=["q_proj", "up_proj"], lora_bias=True, **lora),
+        "vera without its projections": lambda p: p.VeraConfig(
+            r=8, target_modules=["q_proj", "up_proj"], save_projection=False, projection_prng_key=7, **task
+        ),
+        "adalora": lambda p: p.AdaLoraConfig(
+            init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=["q_proj", "down_proj"], **task
+        ),
+        "shira": lambda p: p.ShiraConfig(r=2, target_modules=["q_proj", "down_proj"], random_seed=3, **task),
+        "oft": lambda p: p.OFTConfig(
+            oft_block_size=8, target_modules=["q_proj", "down_proj"], use_cayley_neumann=False, **task
+        ),
+        "oft, the series": lambda p: p.OFTConfig(
+            r=2, oft_block_size=0, target_modules=["q_proj", "down_proj"], num_cayley_neumann_terms=6, **task
+        ),
+        "oft, one block": lambda p: p.OFTConfig(
+            oft_block_size=8, block_share=True, target_modules=["q_proj", "down_proj"], **task
+        ),
         "prompt": lambda p: p.PromptTuningConfig(num_virtual_tokens=4, **task),
         "p-tuning": lambda p: p.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, **task),
         "prefix": lambda p: p.PrefixTuningConfig(num_virtual_tokens=4, **task),

@@ -42,6 +42,8 @@ def expressible(adapter: Adapter) -> bool:
     form = spec.peft
     if form is None or not _experts_are_alike(adapter, spec):
         return False
+    if form.level == "module" and any(p.kind == spec.kind and p.host not in form.hosts for p in adapter.parts):
+        return False
     return all(
         p.kind in (spec.kind, "token_rows") or (p.kind == "full" and _full_is_sayable(p, spec)) for p in adapter.parts
     )
@@ -152,7 +154,7 @@ def _own_parts(
         shared = {ours: found.shared[theirs] for ours, theirs in form.shared.items() if theirs in found.shared}
         if len(shared) == len(form.shared):
             reading.parts.append(Part(method.kind, method.site, None, shared))
-        else:
+        elif found.shared or not form.remade(config):
             missing = sorted(set(form.shared.values()) - set(found.shared))
             reading.problems.append(f"the shared {', '.join(missing)} are missing: save with save_projection")
     for path in natural(found.modules):
@@ -190,6 +192,9 @@ def _part(
             reading.problems.append(f"{place}: the tensors do not fit the config ({error})")
             return
     host = "embedding" if on_embedding else "conv1d" if conv1d else "linear"
+    if "A" in own and own["A"].dim() > 2:
+        host = "conv"
+        own = {name: t if name == "A" else t.flatten(1) if name == "B" else t.flatten() for name, t in own.items()}
     if method.site == "override":
         host = "embedding"
     reading.parts.append(Part(method.kind, method.site, path, own, cast(Any, host)))
@@ -252,7 +257,11 @@ def _fields(form: PeftForm, config: Mapping[str, Any], reading: _Reading) -> dic
         packed = config.get("target_parameters") or ()
         targets = tuple(p.target for p in own if p.target is not None and parameter_of(p.target, packed) is None)
         fields["targets"] = targets
-        reading.problems += _target_problems(config.get("target_modules"), targets)
+        gone = [
+            key for key, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)
+        ]
+        named = (*targets, *(key.removesuffix(".lora_E") for key in gone))
+        reading.problems += _target_problems(config.get("target_modules"), named)
     if form.ranked:
         fields.update(ranked_fields(config))
         fields["modules_to_save"] = tuple(config.get("modules_to_save") or ())
@@ -303,7 +312,15 @@ def _named(part: Part, spec: Method, form: PeftForm, own_targets: frozenset[str]
     if form.encode is not None:
         return {f"{prefix}{name}": tensor for name, tensor in form.encode(part.tensors).items()}
     names = {**(form.embedding if part.host == "embedding" else form.tensors), **form.optional}
-    return {f"{prefix}{names[name]}": tensor for name, tensor in part.tensors.items()}
+    tensors = _as_convolutions(part.tensors) if part.host == "conv" else part.tensors
+    return {f"{prefix}{names[name]}": tensor for name, tensor in tensors.items()}
+
+
+def _as_convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """B `[out, r, 1, 1]` and a magnitude `[1, out, 1, 1]`, with as many axes as A has; a bias stays a vector."""
+    ones = (1,) * (tensors["A"].dim() - 2)
+    views = {"B": lambda t: t.reshape(*t.shape, *ones), "magnitude": lambda t: t.reshape(1, -1, *ones)}
+    return {name: views[name](t) if name in views else t for name, t in tensors.items()}
 
 
 def _common_config(adapter: Adapter, form: PeftForm, own: Sequence[Part]) -> dict[str, Any]:

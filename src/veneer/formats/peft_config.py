@@ -24,13 +24,14 @@ HONOURED = {
     "trainable_token_indices", "init_lora_weights", "init_weights", "init_ia3_weights", "r", "lora_alpha", "use_rslora",
     "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "use_dora", "num_transformer_submodules",
-    "token_dim", "num_attention_heads", "num_layers", "num_virtual_tokens",
+    "token_dim", "num_attention_heads", "num_layers", "num_virtual_tokens", "tinit", "tfinal", "total_step", "mask_type",
+    "random_seed", "oft_block_size", "use_cayley_neumann", "eps", "module_dropout", "save_projection", "projection_prng_key",
 }  # fmt: skip
 """Keys that are read, or that only say how training began or was arranged."""
 
 CHANGES_THE_FUNCTION = {
     "layer_replication", "use_qalora", "lora_bias", "kasa_config", "monteclora_config", "arrow_config", "use_bdlora",
-    "megatron_config",
+    "megatron_config", "coft",
 }  # fmt: skip
 """Keys that make another function of the same tensors. Only their empty value is read."""
 
@@ -79,11 +80,11 @@ def ranked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_ranked(spec: Method, parts: Sequence[Part], problems: list[str]) -> None:
     """The ranks in the config must be those of the tensors, and every pattern must match a target."""
-    own = [p for p in parts if p.kind == spec.kind and p.target is not None]
+    own, dump = [p for p in parts if p.kind == spec.kind and p.target is not None], spec.model_dump()
     for part in own:
         assert part.target is not None
         a, b = part.tensors["A"], part.tensors["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        if a.dim() < 2 or (a.dim() > 2) != (part.host == "conv") or b.dim() != 2 or a.shape[0] != b.shape[1]:
             problems.append(
                 f"{part.target}: A is {list(a.shape)} and B is {list(b.shape)}, expected [r, in] and [out, r]"
             )
@@ -92,7 +93,8 @@ def check_ranked(spec: Method, parts: Sequence[Part], problems: list[str]) -> No
         for name, tensor in part.tensors.items():
             if name not in ("A", "B") and tensor.shape != b.shape[:1]:
                 problems.append(f"{part.target}: {name} is {list(tensor.shape)}, expected {list(b.shape[:1])}")
-    dump = spec.model_dump()
+        if ("bias" in part.tensors) != bool(dump.get("lora_bias", False)):
+            problems.append(f"{part.target}: lora_bias is {dump.get('lora_bias')}, and the tensors say otherwise")
     for key in [*dump["rank_pattern"], *dump["alpha_pattern"]]:
         if not any(re.match(rf"(.*\.)?({key})$", p.target or "") for p in own):
             problems.append(f"the pattern '{key}' matches no target")
@@ -100,7 +102,7 @@ def check_ranked(spec: Method, parts: Sequence[Part], problems: list[str]) -> No
 
 def check_fields(config: Mapping[str, Any], form: PeftForm, problems: list[str]) -> list[str]:
     """Refuse keys that change the function in ways we don't have; return the names of those that are merely unknown."""
-    for key in sorted(CHANGES_THE_FUNCTION):
+    for key in sorted(CHANGES_THE_FUNCTION - set(form.fields.values())):
         if config.get(key):
             problems.append(f"{key} = {config[key]!r} is not something veneer can honour")
     for table in ("rank_pattern", "alpha_pattern"):

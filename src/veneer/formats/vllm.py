@@ -11,7 +11,7 @@ import torch
 
 from veneer import methods
 from veneer.adapter import Adapter, Part
-from veneer.errors import Unsupported, listed
+from veneer.errors import NeedsBase, Unsupported, listed
 from veneer.methods.lora import LoRA
 from veneer.types import HostShape, LowRank
 
@@ -69,7 +69,7 @@ def _product(adapter: Adapter, part: Part) -> tuple[torch.Tensor, torch.Tensor] 
     try:
         whole = methods.complete(adapter, part)
         primitives = methods.method_of(adapter, part).lower(whole, methods.Place(_sizes(whole)))
-    except Unsupported:
+    except (NeedsBase, Unsupported):
         return None
     low = [p for p in primitives if isinstance(p, LowRank)]
     if not low or len(low) < len(primitives):

@@ -1,7 +1,7 @@
 """Adapters on any torch module, by the definition: `attach(model, adapter)`, and the native `attached(base, adapter)`.
 
 A targeted layer is replaced by an `Adapted` one that runs the method's `forward` around it; `detach` puts the layer back. This
-path is slower than the native decoder and takes any `nn.Module`: linear layers, embeddings and GPT-2's Conv1D wherever they are,
+path is slower than the native decoder and takes any `nn.Module`: linear layers, convolutions, embeddings and GPT-2's Conv1D,
 modules whose tensors are replaced, and bottlenecks on the output of modules named by the user.
 
 The base is never changed: its tensors stay frozen while attached, and their `requires_grad` flags come back on detach.
@@ -16,10 +16,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Part
-from veneer.base.host import DenseHost, Host
+from veneer.base.host import ConvHost, DenseHost, Host
 from veneer.errors import Conflict, NotFound, TargetError, Unsupported, listed
 from veneer.inject.wrapped import Adapted, AdaptedLayer, AdaptedModule, Bound
-from veneer.methods import Method, method_of
+from veneer.methods import Method, completed, method_of
 from veneer.registry import did_you_mean
 from veneer.types import BaseShape, HostKind, HostShape
 
@@ -48,6 +48,8 @@ def host_kind(module: nn.Module) -> HostKind | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return "conv1d"
@@ -64,6 +66,8 @@ def module_host(module: nn.Module) -> Host:
             f"a {type(module).__name__} stores {weight.dtype}, not numbers that an adapter can be trained around",
             help='load the base in 16 bit, or natively with quantize="nf4"',
         )
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvHost(module)
     return DenseHost(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, kind=kind)
 
 
@@ -113,7 +117,7 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
     by_target: dict[str, list[Bound]] = {}
     shared: dict[str, Tensor] = {}
     problems: list[str] = []
-    for part in adapter.parts:
+    for part in completed(adapter, source).parts:
         if part.site in ("tokens", "kv"):
             raise Unsupported(
                 f"{part.kind} acts on {part.site}, which a plain module does not offer",
@@ -163,13 +167,15 @@ def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part
 
 def _misfits(method: Method, part: Part, shape: HostShape) -> list[str]:
     assert part.target is not None
+    declared = method.tensor_shapes(part.target, shape)
     problems = []
     for name, tensor in part.tensors.items():
-        if name == "A" and tensor.shape[1] != shape.in_features:
-            problems.append(f"{part.target}: A is {list(tensor.shape)}, the layer takes {shape.in_features} inputs")
+        if name == "A" and "A" in declared and tensor.shape[1:] != tuple(declared["A"][1:]):
+            takes = f"{shape.in_features} inputs" if not shape.kernel else f"{list(declared['A'][1:])} patches"
+            problems.append(f"{part.target}: A is {list(tensor.shape)}, the layer takes {takes}")
         if name == "B" and tensor.shape[0] != shape.out_features:
             problems.append(f"{part.target}: B is {list(tensor.shape)}, the layer has {shape.out_features} outputs")
-    for name, size in method.tensor_shapes(part.target, shape).items():
+    for name, size in declared.items():
         if name not in ("A", "B") and name in part.tensors and tuple(part.tensors[name].shape) != tuple(size):
             problems.append(f"{part.target}: {name} is {list(part.tensors[name].shape)}, expected {list(size)}")
     return problems
@@ -178,6 +184,8 @@ def _misfits(method: Method, part: Part, shape: HostShape) -> list[str]:
 def _shape(module: nn.Module) -> HostShape:
     kind = host_kind(module)
     assert kind is not None
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvHost(module).shape
     rows, columns = _weight(module).shape
     if kind == "linear":
         return HostShape(kind, columns, rows, module.bias is not None)

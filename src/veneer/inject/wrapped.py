@@ -1,7 +1,7 @@
 """Modules with the parts of one adapter around them, by each method's own definition.
 
-`AdaptedLayer` wraps a linear layer, Conv1D or embedding; `AdaptedModule` any other: a norm whose tensors are replaced, or a
-sublayer with a bottleneck on its output. The wrapped module stays inside, untouched.
+`AdaptedLayer` wraps a linear layer, Conv1D, convolution or embedding; `AdaptedModule` any other: a norm whose tensors are
+replaced, or a sublayer with a bottleneck on its output. The wrapped module stays inside, untouched.
 """
 
 from __future__ import annotations
@@ -133,6 +133,15 @@ class _Around(Host):
 
     def apply(self, x: Tensor) -> Tensor:
         return self._output
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._inner.product(x, weight, bias)
+
+    def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
+        return self._inner.mix(y, matrix)
+
+    def feature(self, vector: Tensor) -> Tensor:
+        return self._inner.feature(vector)
 
 
 class _Replaced(_Around):

@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, HostSource, Part
 from veneer.base.host import DenseHost, Host
 from veneer.errors import NeedsBase, NotFound
-from veneer.methods._abstract import METHODS, Method, PeftForm
+from veneer.methods._abstract import METHODS, Method, PeftForm, Regime
 from veneer.methods._start import BaseView, FactorSource, Place, embedding_path, host_at, start_parts
 from veneer.registry import did_you_mean, discover
 from veneer.types import Lowered
@@ -27,7 +27,9 @@ __all__ = [
     "Method",
     "PeftForm",
     "Place",
+    "Regime",
     "complete",
+    "completed",
     "delta",
     "embedding_path",
     "folded",
@@ -101,11 +103,17 @@ def delta(adapter: Adapter, target: str, host: Host | None) -> Tensor:
 def lower(adapter: Adapter, base: HostSource, *, digest: str = "") -> Lowered:
     """The whole adapter as primitives, differentiable in its tensors. `digest` names the result in caches."""
     lowered = Lowered(digest=digest)
+    adapter = completed(adapter, base)
     for part in adapter.parts:
         if part.site == "weight" and part.target is None:
             continue
         lowered = method_of(adapter, part).lower_into(lowered, complete(adapter, part), base)
     return lowered
+
+
+def completed(adapter: Adapter, base: HostSource) -> Adapter:
+    """`adapter` with whatever its file leaves out because it follows from the sizes of `base`."""
+    return cast(Method, adapter.spec).completed(adapter, base)
 
 
 def folded(adapter: Adapter) -> Adapter:

@@ -25,7 +25,7 @@ from veneer.adapter import Adapter, HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.registry import Registry
-from veneer.types import BaseShape, Factors, HostShape, Lowered, Override, Primitive, Site
+from veneer.types import BaseShape, Factors, HostKind, HostShape, Lowered, Override, Primitive, Site
 
 METHODS: Registry[type[Method]] = Registry("method")
 
@@ -37,6 +37,7 @@ class PeftForm:
     peft_type  as in adapter_config.json
     tensors    our tensor name -> what follows the module path in a key ("lora_A.weight")
     embedding  the same on an embedding; `shared` is the same for the tensors that all parts share
+    remade     whether, by its config, a file leaves the shared tensors out because they can be made again
     optional   names that need not be there
     level      "module": keys carry a module path. "model": the tensors stand at the top of the file
     ranked     r, lora_alpha, use_rslora and the two patterns say the scale
@@ -50,6 +51,7 @@ class PeftForm:
     tensors: Mapping[str, str]
     embedding: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    remade: Callable[[Mapping[str, Any]], bool] = lambda config: False
     optional: Mapping[str, str] = field(default_factory=dict)
     level: Literal["module", "model"] = "module"
     ranked: bool = False
@@ -57,8 +59,32 @@ class PeftForm:
     fields: Mapping[str, str] = field(default_factory=dict)
     encode: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     decode: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
+    hosts: tuple[HostKind, ...] = ("linear", "conv1d", "embedding")
     config: Callable[[Any, Sequence[Part]], dict[str, Any]] | None = None
     parse: Callable[[Mapping[str, Any], Sequence[Part]], dict[str, Any]] | None = None
+
+
+class Regime(ABC):
+    """What a method does in training beside following its gradient. One object a run; `state` goes into its checkpoints."""
+
+    @property
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a later step depends on, by name. `load` takes it back."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def penalty(self, parts: Sequence[Part]) -> Tensor | None:
+        """A term of the loss of each optimiser step, differentiable in the parts' tensors."""
+        return None
+
+    @abstractmethod
+    def after_step(self, step: int, parts: Sequence[Part], gradients: Sequence[Part]) -> None:
+        """Called after optimiser step `step` (from 1) with the parts as they are now and the step's gradients, by the same names.
+
+        The parts' tensors are the run's own memory: what is written to them stays.
+        """
 
 
 class Method(BaseModel, ABC):
@@ -75,6 +101,8 @@ class Method(BaseModel, ABC):
     summary: ClassVar[str] = ""
     peft: ClassVar[PeftForm | None] = None
     why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
+    dense: ClassVar[bool] = False
+    """Whether a weight part is lowered to the whole weight (`Override`), so that it costs a dense tensor for each layer."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,7 +128,12 @@ class Method(BaseModel, ABC):
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
         """`lowered` with this part in it. Sites other than `weight` say here where their primitives go."""
         assert part.target is not None
-        primitives = lowered.weights.get(part.target, ()) + self.lower(part, source.host(part.target))
+        primitives = self.lower(part, source.host(part.target))
+        lowered = self.replacing(lowered, {f"{part.target}.weight": p for p in primitives if isinstance(p, Override)})
+        primitives = tuple(p for p in primitives if not isinstance(p, Override))
+        if not primitives:
+            return lowered
+        primitives = lowered.weights.get(part.target, ()) + primitives
         return replace(lowered, weights={**lowered.weights, part.target: primitives})
 
     @staticmethod
@@ -145,9 +178,17 @@ class Method(BaseModel, ABC):
         """What files keep: the same function without what only training needs (a reparameterisation, a shifted start)."""
         return adapter
 
+    def regime(self, total: int) -> Regime | None:
+        """What happens in a run of `total` optimiser steps beside the optimiser's own work; None for most methods."""
+        return None
+
     def prepared(self, encode: Callable[[str], Sequence[int]]) -> Self:
         """This method with the texts in its fields turned into token ids."""
         return self
+
+    def completed(self, adapter: Adapter, source: HostSource) -> Adapter:
+        """`adapter` with the tensors that its file leaves out because they follow from the base's sizes."""
+        return adapter
 
     def scale(self, target: str, rank: int) -> float:
         """The effective scale at `target`. Methods without a scaled product refuse."""

@@ -1,11 +1,13 @@
 """What the low-rank methods share: rank, alpha, the scale rule, patterns per target, and the product itself.
 
 delta = scale * B @ A, with A `[rank, in]` and B `[out, rank]`. Patterns follow PEFT: a key matches a target as
-`(.*\\.)?(KEY)$`, first hit wins.
+`(.*\\.)?(KEY)$`, first hit wins. On a convolution A is a convolution of its own, with the kernel, stride, padding and dilation
+of the layer, and B one of a single cell, so that the same matrices say the same update.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,14 +16,13 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.adapter import Adapter, Part
 from veneer.base.host import Host
 from veneer.errors import ConfigError
 from veneer.methods._abstract import Method
 from veneer.methods._start import embedding_path
-from veneer.types import SCALE_RULES, BaseShape, Factors, HostShape, effective_scale
+from veneer.types import HELD_FACTORS, SCALE_RULES, BaseShape, Factors, HostShape, effective_scale
 
 
 def _as_tuple(value: object) -> object:
@@ -40,8 +41,8 @@ def pattern_value(patterns: Mapping[str, float], target: str, default: float) ->
     return default
 
 
-class LowRankMethod(Method):
-    """Fields and functions of every method whose update starts from scale * B @ A."""
+class ScaledMethod(Method):
+    """Fields and functions of every method with a rank and a scale: alpha and its rule, targets, patterns per target."""
 
     rank: int = Field(16, ge=1, description="rank of the update")
     alpha: float = Field(32.0, gt=0, description="numerator of the scale")
@@ -50,13 +51,8 @@ class LowRankMethod(Method):
     exclude: Names = Field((), description="layers to leave out")
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input during training")
-    init: str = Field("default", description="initialisation scheme")
-    rho: float = Field(1.0, ge=1, description="init: eva: how far ranks may move between layers; 1 keeps them equal")
     rank_pattern: Mapping[str, int] = Field(default_factory=dict, description="target pattern -> rank")
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict, description="target pattern -> alpha")
-    bias: Literal["none", "lora_only", "all"] = Field("none", description="which biases to train too")
-    modules_to_save: Names = Field((), description="layers to train whole, beside the update")
-    trainable_tokens: tuple[int, ...] = Field((), description="rows of the input embedding to train, beside the update")
 
     @field_validator("scaling")
     @classmethod
@@ -82,6 +78,27 @@ class LowRankMethod(Method):
         patterns = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}
         return self.model_copy(update={"alpha": self.alpha * factor, "alpha_pattern": patterns})
 
+    def refusal(self, target: str, shape: HostShape) -> str | None:
+        if shape.kind not in ("linear", "conv1d", "conv", "embedding"):
+            return f"{shape.kind} layers take no low-rank update"
+        if shape.groups > 1:
+            return (
+                f"it is a convolution in {shape.groups} groups: an update of its kernel keeps them apart, and so does no "
+                "low-rank product that other tools read"
+            )
+        rank, most = self.rank_at(target), min(shape.in_features, shape.out_features)
+        return f"rank {rank} is above the layer's {most}" if rank > most else None
+
+
+class LowRankMethod(ScaledMethod):
+    """Fields and functions of every method whose update starts from scale * B @ A, both trained."""
+
+    init: str = Field("default", description="initialisation scheme")
+    rho: float = Field(1.0, ge=1, description="init: eva: how far ranks may move between layers; 1 keeps them equal")
+    bias: Literal["none", "lora_only", "all"] = Field("none", description="which biases to train too")
+    modules_to_save: Names = Field((), description="layers to train whole, beside the update")
+    trainable_tokens: tuple[int, ...] = Field((), description="rows of the input embedding to train, beside the update")
+
     def companions(self, shape: BaseShape, targets: Sequence[str]) -> tuple[tuple[dict[str, Any], str], ...]:
         whole: list[str] = []
         for name in self.modules_to_save:
@@ -96,28 +113,25 @@ class LowRankMethod(Method):
             found.append(({"kind": "token_rows", "tokens": self.trainable_tokens}, embedding_path(shape)))
         return tuple(found)
 
-    def refusal(self, target: str, shape: HostShape) -> str | None:
-        rank, most = self.rank_at(target), min(shape.in_features, shape.out_features)
-        if shape.kind not in ("linear", "conv1d", "embedding"):
-            return f"{shape.kind} layers take no low-rank update"
-        return f"rank {rank} is above the layer's {most}" if rank > most else None
-
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
+        """A of a convolution keeps the kernel's form, `[rank, channels, *kernel]`."""
         rank = self.rank_at(target)
-        return {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
+        return {"A": (rank, *input_axes(shape)), "B": (shape.out_features, rank)}
 
     def start(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
         if factors is None:
             raise ConfigError(
                 f"{self.kind} needs starting factors for '{target}'", help="create adapters with inject.create"
             )
+        a = factors.A.reshape(-1, *input_axes(host.shape))
         if not factors.shifted:
-            return {"A": factors.A, "B": factors.B}
+            return {"A": a, "B": factors.B}
         # Stored so that the sum is right on the original base: W + s (B A - B0 A0).
-        return {"A": factors.A, "B": factors.B, "A0": factors.A.clone(), "B0": factors.B.clone()}
+        a0, b0 = factors.taken or (factors.A, factors.B)
+        return {"A": a, "B": factors.B, "A0": a0.reshape(a.shape).clone(), "B0": b0.clone()}
 
     def frozen(self) -> frozenset[str]:
-        return frozenset({"A0", "B0"})
+        return frozenset({"A0", "B0"}) | HELD_FACTORS.get(self.init, frozenset())
 
     def folded(self, adapter: Adapter) -> Adapter:
         """A shifted start as a plain update of the original base: [B, -B0][A; A0], twice the rank and the same scale."""
@@ -138,20 +152,24 @@ class LowRankMethod(Method):
         return replace(adapter, spec=spec, parts=tuple(parts))
 
     def factors(self, part: Part) -> tuple[Tensor, Tensor]:
-        """A and scale * B of a part, the frozen start of a shifted init subtracted."""
+        """A `[rank, in]` and scale * B of a part, the frozen start of a shifted init subtracted."""
         assert part.target is not None
         a, b = part.tensors["A"], part.tensors["B"]
         scale = self.scale(part.target, a.shape[0])
         if "A0" in part.tensors:
             a, b = torch.cat([a, part.tensors["A0"]]), torch.cat([b, -part.tensors["B0"]], dim=1)
-        return a, b * scale
+        return a.flatten(1), b * scale
 
-    def low_rank_output(self, x: Tensor, part: Part, host: Host) -> Tensor:
-        """scale * B @ A @ x for rows x, or for token ids on an embedding."""
-        a, b = self.factors(part)
-        if host.shape.kind == "embedding":
-            return F.embedding(x, a.t()) @ b.t()
-        return (x.to(a.dtype) @ a.t()) @ b.t()
+
+def low_rank_output(x: Tensor, a: Tensor, b: Tensor, host: Host) -> Tensor:
+    """B A x in this layer's place: rows x, token ids on an embedding, images on a convolution."""
+    x = x if host.shape.kind == "embedding" else x.to(a.dtype)
+    return host.mix(host.product(x, a), b)
+
+
+def input_axes(shape: HostShape) -> tuple[int, ...]:
+    """What one row of A looks like as stored: `[in]`, or `[channels, *kernel]` of a convolution."""
+    return (shape.in_features // math.prod(shape.kernel), *shape.kernel)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class BitFit(Method):
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
-        return None if shape.kind in ("linear", "conv1d") else f"{shape.kind} layers have no bias"
+        return None if shape.kind in ("linear", "conv1d", "conv") else f"{shape.kind} layers have no bias"
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
         return {"bias": (shape.out_features,)}
@@ -45,7 +45,7 @@ class BitFit(Method):
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         y = host.apply(x)
-        return y + part.tensors["bias"].to(y.dtype)
+        return y + host.feature(part.tensors["bias"].to(y.dtype))
 
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
         return (Bias(part.tensors["bias"]),)

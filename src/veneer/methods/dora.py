@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.adapter import Part
 from veneer.base.host import Host
@@ -39,6 +38,7 @@ class DoRA(LowRankMethod):
         ranked=True,
         tensors={"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
         embedding={"A": "lora_embedding_A", "B": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
+        hosts=("linear", "conv1d", "embedding", "conv"),
         fields={"dropout": "lora_dropout", "bias": "bias"},
     )
 
@@ -51,12 +51,10 @@ class DoRA(LowRankMethod):
         return {**tensors, "magnitude": row_norms(*self.factors(part), host)}
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
-        weight, _ = self.merged(part, host)
+        weight, bias = self.merged(part, host)
         if host.shape.kind == "embedding":
-            return F.embedding(x, weight.t()).to(host.dtype)
-        return F.linear(x.to(weight.dtype), weight, None if host.bias is None else host.bias.to(weight.dtype)).to(
-            x.dtype
-        )
+            return host.product(x, weight).to(host.dtype)
+        return host.product(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
         a, b = self.factors(part)

@@ -14,12 +14,11 @@ from typing import ClassVar, Literal, final
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.adapter import HostSource, Part
 from veneer.base.host import Host
 from veneer.methods._abstract import Method
-from veneer.methods._lowrank import Names
+from veneer.methods._lowrank import Names, input_axes
 from veneer.types import Factors, HostShape, Lowered, Override, Primitive, Site
 
 
@@ -37,7 +36,7 @@ class Full(Method):
     only: Literal["weight", "bias"] | None = Field(None, description="train only this tensor of each layer")
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
-        stored = (shape.out_features, shape.in_features)
+        stored = (shape.out_features, *input_axes(shape))
         found: dict[str, tuple[int, ...]] = {"weight": stored[::-1] if _transposed(shape) else stored}
         if shape.has_bias:
             found["bias"] = (shape.out_features,)
@@ -51,14 +50,15 @@ class Full(Method):
         for name in self.tensor_shapes(target, host.shape):
             value = host.bias if name == "bias" else host.weight().t() if _transposed(host.shape) else host.weight()
             assert value is not None
+            value = value.reshape(self.tensor_shapes(target, host.shape)[name])
             found[name] = value.detach().float().contiguous().clone()
         return found
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         weight, bias = self.merged(part, host)
         if host.shape.kind == "embedding":
-            return F.embedding(x, weight.t()).to(host.dtype)
-        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+            return host.product(x, weight).to(host.dtype)
+        return host.product(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
         return tuple(Override(value) for value in part.tensors.values())
@@ -73,7 +73,7 @@ class Full(Method):
             weight = host.weight()
         elif _transposed(host.shape):
             weight = weight.t()
-        return weight.float(), part.tensors.get("bias", host.bias)
+        return weight.flatten(1).float(), part.tensors.get("bias", host.bias)
 
 
 def _transposed(shape: HostShape) -> bool:

@@ -4,6 +4,8 @@ A starts random and B zero, so the first step moves only B. On an embedding the 
 
 With `invocation` it is an activated LoRA (aLoRA, arXiv 2504.12397): the update acts only from the start of the *last* place where
 those tokens stand in the sequence, so the keys and values before it are the base's own.
+
+With `lora_bias` the update has a bias of its own, y += scale (B A x + b), which starts at zero.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Self, final
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from veneer.adapter import HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.methods._abstract import PeftForm
-from veneer.methods._lowrank import LowRankMethod, Names
-from veneer.types import HostShape, Lowered, LowRank, Primitive, Site
+from veneer.methods._lowrank import LowRankMethod, Names, low_rank_output
+from veneer.types import Bias, Factors, HostShape, Lowered, LowRank, Primitive, Site
 
 
 @final
@@ -37,9 +40,12 @@ class LoRA(LowRankMethod):
         ranked=True,
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         embedding={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+        optional={"bias": "lora_B.bias"},
+        hosts=("linear", "conv1d", "embedding", "conv"),
         fields={
             "dropout": "lora_dropout",
             "bias": "bias",
+            "lora_bias": "lora_bias",
             "invocation": "alora_invocation_tokens",
             "parameters": "target_parameters",
         },
@@ -47,6 +53,14 @@ class LoRA(LowRankMethod):
 
     invocation: tuple[int, ...] | str | None = Field(None, description="tokens (or their text) that switch it on")
     parameters: Names = Field((), description="3-D expert parameters of a file from PEFT; parts stand at NAME.EXPERT")
+
+    lora_bias: bool = Field(False, description="train a bias with the update, scaled as it is")
+
+    @model_validator(mode="after")
+    def _one_kind_of_bias(self) -> Self:
+        if self.lora_bias and self.bias != "none":
+            raise ValueError("lora_bias adds a bias to the update and `bias` replaces the layer's own: choose one")
+        return self
 
     def prepared(self, encode: Callable[[str], Sequence[int]]) -> Self:
         if not isinstance(self.invocation, str):
@@ -56,7 +70,17 @@ class LoRA(LowRankMethod):
     def refusal(self, target: str, shape: HostShape) -> str | None:
         if self.parameters:
             return "`parameters` describes experts in a file; no base here has 3-D parameters to start them on"
+        if self.lora_bias and shape.kind == "embedding":
+            return "an embedding has no bias for lora_bias to add"
         return super().refusal(target, shape)
+
+    def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
+        own = super().tensor_shapes(target, shape)
+        return {**own, "bias": (shape.out_features,)} if self.lora_bias else own
+
+    def start(self, target: str, host: Host, factors: Factors | None, generator: torch.Generator) -> dict[str, Tensor]:
+        own = super().start(target, host, factors, generator)
+        return {**own, "bias": torch.zeros(host.shape.out_features)} if self.lora_bias else own
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         if self.invocation is not None:
@@ -64,12 +88,23 @@ class LoRA(LowRankMethod):
                 "an activated LoRA acts by the position in the text, which a single layer does not see",
                 help="load the base natively with vn.load_base",
             )
-        base = host.apply(x)
-        return base + self.low_rank_output(x, part, host).to(base.dtype)
+        base, bias = host.apply(x), self._bias(part)
+        update = low_rank_output(x, *self.factors(part), host)
+        if bias is not None:
+            update = update + host.feature(bias)
+        return base + update.to(base.dtype)
+
+    def _bias(self, part: Part) -> Tensor | None:
+        """scale * b `[out]`, or None."""
+        if "bias" not in part.tensors:
+            return None
+        assert part.target is not None
+        rank = part.tensors["A"].shape[0]  # a folded start has twice the rank and twice the alpha: the scale stays
+        return self.scale(part.target, rank) * part.tensors["bias"]
 
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
-        a, b = self.factors(part)
-        return (LowRank(a, b),)
+        bias = self._bias(part)
+        return (LowRank(*self.factors(part)), *(() if bias is None else (Bias(bias),)))
 
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
         if isinstance(self.invocation, str):
@@ -86,5 +121,7 @@ class LoRA(LowRankMethod):
                 "an activated LoRA cannot be merged: its update depends on the position in the text",
                 help="serve it as it is, or train it without `invocation`",
             )
-        a, b = self.factors(part)
-        return host.weight().float() + b.float() @ a.float(), host.bias
+        (a, b), bias = self.factors(part), self._bias(part)
+        if bias is not None:
+            bias = bias.float() if host.bias is None else host.bias.float() + bias.float()
+        return host.weight().float() + b.float() @ a.float(), host.bias if bias is None else bias

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from veneer.errors import ConfigError, FormatError, ResourceError
+from veneer.methods import Regime
 from veneer.train.optim import FlatParameters, FlatState
 
 FILE = "state.safetensors"
@@ -48,9 +49,10 @@ def write(
     parameters: FlatParameters,
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
+    regime: Regime | None = None,
 ) -> None:
     """Put a checkpoint into `folder`, replacing the one before."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {} if regime is None else {f"regime.{name}": t.contiguous() for name, t in regime.state.items()}
     for name, buffer in parameters.buffers.items():
         tensors[f"parameters.{name}"] = buffer.detach()
         for key, value in optimizer.state[buffer].items():
@@ -68,6 +70,7 @@ def read(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
     fingerprint: str,
+    regime: Regime | None = None,
 ) -> Cursor:
     """Restore the state that `write` saved. A checkpoint of another run is refused."""
     path = folder / FILE
@@ -89,6 +92,8 @@ def read(
         _restore(optimizer, buffer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator.{name}"])
+    if regime is not None:
+        regime.load({k.removeprefix("regime."): v for k, v in tensors.items() if k.startswith("regime.")})
     return cursor
 
 

@@ -34,7 +34,7 @@ Schedule = Sequence[Sequence[Sequence[int]]]
 
 @dataclass
 class Run:
-    """Everything a training loop works on. `dropout` is None or the rate with its generator."""
+    """Everything a training loop works on. `dropout` is None or the rate with its generator, `regime` the method's own doing."""
 
     base: Base
     parameters: FlatParameters
@@ -45,6 +45,7 @@ class Run:
     cursor: Cursor
     dropout: Dropout | None = None
     recompute: int = 0
+    regime: methods.Regime | None = None
 
     def bank(self) -> Bank:
         """The adapter as it is now, lowered and packed, differentiable."""
@@ -106,6 +107,7 @@ def _step(run: Run, total: int, dump: Path | None) -> Step:
     passes = [batch(run.dataset, rows, 0) for rows in run.schedule[cursor.step]]
     weight = float(sum(p.weights.double().sum() for p in passes))
     loss = accumulate(run, passes, weight)
+    _penalise(run)
     norm = run.parameters.grad_norm()
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise _not_finite(run, float(loss), float(norm), dump)
@@ -118,6 +120,8 @@ def _step(run: Run, total: int, dump: Path | None) -> Step:
     rate = rate_at(cursor.step, total, config)
     set_rate(run.optimizer, rate)
     run.optimizer.step()
+    if run.regime is not None:
+        run.regime.after_step(cursor.step + 1, run.parameters.detached().parts, run.parameters.gradients().parts)
     run.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - begin
     tokens = sum(p.num_tokens for p in passes)
@@ -152,6 +156,13 @@ def accumulate(run: Run, passes: Sequence[Batch], weight: float) -> Tensor:
         if buffer.grad is None:
             buffer.grad = torch.zeros_like(buffer)
     return total
+
+
+def _penalise(run: Run) -> None:
+    """Add the gradient of the regime's penalty to the buffers. The loss that is shown stays that of the data."""
+    term = None if run.regime is None else run.regime.penalty(run.parameters.adapter().parts)
+    if term is not None:
+        term.backward()
 
 
 def pass_loss(base: Base, bank: Bank, item: Batch, recompute: int = 0) -> Tensor:
