@@ -27,7 +27,8 @@ from veneer.plan import estimate
 from veneer.train.checkpoint import Cursor
 from veneer.train.config import TrainConfig
 from veneer.train.loop import Run, accumulate
-from veneer.train.optim import OPTIMIZERS, FlatParameters
+from veneer.train.optim import FlatParameters
+from veneer.train.optimizers import OPTIMIZERS
 from veneer.types import Segment
 
 IGNORED = -100

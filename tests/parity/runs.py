@@ -16,7 +16,8 @@ from veneer.train.checkpoint import Cursor
 from veneer.train.config import TrainConfig
 from veneer.train.events import Step
 from veneer.train.loop import Run, fit
-from veneer.train.optim import OPTIMIZERS, FlatParameters, rate_at
+from veneer.train.optim import FlatParameters, rate_at
+from veneer.train.optimizers import OPTIMIZERS
 from veneer.train.schedule import plan_schedule
 
 
