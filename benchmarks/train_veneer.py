@@ -28,7 +28,7 @@ from veneer.train.checkpoint import Cursor
 from veneer.train.config import TrainConfig
 from veneer.train.loop import Run, accumulate
 from veneer.train.optim import FlatParameters
-from veneer.train.optimizers import OPTIMIZERS
+from veneer.train.optimizers import load_all
 from veneer.types import Segment
 
 IGNORED = -100
@@ -118,7 +118,7 @@ def main() -> None:
     spec = parse({"kind": "dora" if args.dora else "lora", "rank": args.rank, "alpha": 2 * args.rank})
     parameters = FlatParameters(create(base, spec, torch.Generator().manual_seed(0)), base.decoder.device)
     config = TrainConfig(lr=1e-4)
-    optimizer = OPTIMIZERS["adamw"](parameters, config, None)
+    optimizer = load_all()["adamw"](parameters, config, None)
     run = Run(base, parameters, optimizer, None, [], config, Cursor())  # type: ignore[arg-type]  # no data set: made here
 
     def make() -> Work:

@@ -17,7 +17,7 @@ from veneer.train.config import TrainConfig
 from veneer.train.events import Step
 from veneer.train.loop import Run, fit
 from veneer.train.optim import FlatParameters, rate_at
-from veneer.train.optimizers import OPTIMIZERS
+from veneer.train.optimizers import load_all
 from veneer.train.schedule import plan_schedule
 
 
@@ -29,7 +29,7 @@ def ours(
     adapter.save(folder)
     parameters = FlatParameters(adapter, torch.device("cpu"))
     schedule = plan_schedule(dataset, config, config.tokens_per_pass)
-    optimizer = OPTIMIZERS["adamw"](parameters, config, None)
+    optimizer = load_all()["adamw"](parameters, config, None)
     run = Run(base, parameters, optimizer, dataset, schedule, config, Cursor())
     events = fit(run, lambda run: (None, None), lambda run, best: None)
     return [e.loss for e in events if isinstance(e, Step)], schedule
