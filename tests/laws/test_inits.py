@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from tests.laws.world import HIDDEN, fresh, host_of, method, stats_for, unshifted_inits, world
-from veneer.base.host import DenseHost
 from veneer.base.formats import load_all as load_formats
+from veneer.base.host import DenseHost
+from veneer.base.quantized import QuantizedHost
 from veneer.errors import ConfigError
 from veneer.inits import INITS, InitStats, needs
 from veneer.inits.data_driven import spread_ranks
 from veneer.inits.loftq import alternate
 from veneer.inits.spectral import randomised_svd
 
-KINDS = ("linear", "biased", "bf16", "conv1d", "nf4")
+KINDS = ("linear", "biased", "bf16", "conv1d", "nf4", "bof4-s")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,7 +25,10 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(INITS))
 def test_training_starts_from_the_base(name: str, kind: str) -> None:
-    """W' = W: bitwise where B or A is zero, to rounding where the start is shifted. LoftQ is nearer to the original instead."""
+    """W' = W: bitwise where B or A is zero, to rounding where the start is shifted.
+
+    LoftQ and QPiSSA are nearer to the original instead, and LoRA-One is one step away on purpose.
+    """
     base = world(kind)
     adapter = fresh(method("lora", init=name), base)
     stats = stats_for(base)
@@ -32,7 +36,9 @@ def test_training_starts_from_the_base(name: str, kind: str) -> None:
         delta = adapter.delta(target)
         if name in unshifted_inits():
             assert torch.equal(delta, torch.zeros_like(delta))
-        elif name == "loftq":
+        elif name == "lora_one":
+            assert 0 < delta.norm() < base.host(target).weight().float().norm()
+        elif name in ("loftq", "qpissa"):
             held, original = base.host(target).weight().float(), stats[target].weight
             assert torch.linalg.norm(original - held - delta) < torch.linalg.norm(original - held)
         else:
@@ -124,6 +130,87 @@ def test_lora_ga_never_shifts_further_than_the_weight() -> None:
         host, 3, 100.0, InitStats(gradient=torch.randn(30, 26, generator=generator())), generator()
     )
     assert (100.0 * factors.B @ factors.A).abs().max() <= host.weight().abs().max() * 1.0001
+
+
+def test_lora_one_is_one_step_against_the_gradient() -> None:
+    """dW = (s / gamma) (-G)_r / S_1, science 6.7; and a small enough step falls on any smooth loss."""
+    gradient = torch.randn(30, 26, generator=generator(3))
+    scale = 4.0
+    factors = INITS["lora_one"](host_of("linear", 30, 26), 3, scale, InitStats(gradient=gradient), generator())
+    u, s, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    wanted = -(scale / 128) * (u[:, :3] * s[:3] @ vh[:3]) / s[0]
+    delta = scale * factors.B.double() @ factors.A.double()
+    torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-6)
+    assert float((delta * gradient).sum()) < 0 and not factors.shifted
+    torch.testing.assert_close(factors.A.norm(), factors.B.norm())
+    with pytest.raises(ConfigError, match="no gradient"):
+        INITS["lora_one"](host_of("linear", 8, 8), 2, 1.0, InitStats(gradient=torch.zeros(8, 8)), generator())
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_corda_is_the_best_part_of_w_for_the_inputs(scale: float) -> None:
+    """|(W - s B A) C| is the tail of W C's spectrum, and C = I gives PiSSA. Science 6.8."""
+    host, rank = host_of("linear", 24, 18), 5
+    seen = torch.randn(200, 18, generator=generator(2), dtype=torch.float64) * torch.linspace(3, 0.1, 18)
+    covariance = seen.t() @ seen / 200
+    factors = INITS["corda"](host, rank, scale, InitStats(covariance=covariance), generator())
+    damped = covariance + 0.01 * covariance.diagonal().mean() * torch.eye(18, dtype=torch.float64)
+    spectrum = torch.linalg.svdvals(host.weight().double() @ damped)
+    rest = (host.weight().double() - scale * factors.B.double() @ factors.A.double()) @ damped
+    torch.testing.assert_close(torch.linalg.norm(rest), torch.linalg.norm(spectrum[rank:]), rtol=1e-4, atol=1e-6)
+    assert factors.shifted
+    same = INITS["corda"](host, rank, scale, InitStats(covariance=torch.eye(18)), generator())
+    pissa = INITS["pissa"](host, rank, scale, None, generator())
+    torch.testing.assert_close(same.B @ same.A, pissa.B @ pissa.A, rtol=1e-4, atol=1e-5)
+
+
+def test_cordas_other_half_is_what_the_inputs_use_least() -> None:
+    host, seen = host_of("linear", 24, 18), InitStats(covariance=torch.diag(torch.arange(1.0, 19.0)))
+    top, bottom = (INITS[n](host, r, 1.0, seen, generator()) for n, r in (("corda", 13), ("corda_kpm", 5)))
+    torch.testing.assert_close(top.B @ top.A + bottom.B @ bottom.A, host.weight(), rtol=1e-4, atol=1e-5)
+    used = [torch.linalg.norm(f.B @ f.A @ torch.diag(torch.arange(1.0, 19.0))) for f in (top, bottom)]
+    assert used[0] > 4 * used[1]
+    with pytest.raises(ConfigError, match="no input"):
+        INITS["corda"](host, 2, 1.0, InitStats(covariance=torch.zeros(18, 18)), generator())
+
+
+def test_mica_trains_a_beside_the_weakest_directions() -> None:
+    host = host_of("linear", 24, 18)
+    factors = INITS["mica"](host, 4, 1.0, None, generator())
+    assert torch.equal(factors.A, torch.zeros(4, 18))
+    torch.testing.assert_close(factors.B.t() @ factors.B, torch.eye(4), rtol=1e-5, atol=1e-5)
+    weakest = torch.linalg.svdvals(host.weight())[-4:]
+    torch.testing.assert_close(torch.linalg.svdvals(factors.B.t() @ host.weight()), weakest, rtol=1e-4, atol=1e-5)
+    adapter = fresh(method("lora", init="mica"), world())
+    assert adapter.spec.frozen() >= {"B"}
+    assert "B" not in fresh(method("lora"), world()).spec.frozen()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("name", ["nf4", "bof4-s"])
+def test_qpissa_trains_the_original_weights_top_and_is_never_further_from_it(name: str, scale: float) -> None:
+    u, v = (torch.linalg.qr(torch.randn(96, 96, generator=generator(i))).Q for i in (1, 2))
+    weight = u * torch.arange(1, 97).float() ** -0.7 @ v.t()
+    host = QuantizedHost(load_formats()[name](weight), torch.float32)
+    factors = INITS["qpissa"](host, 8, scale, InitStats(weight=weight), generator())
+    sigma = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(factors.A @ factors.A.t(), torch.diag(sigma[:8] / scale), rtol=1e-3, atol=1e-4)
+    assert factors.taken is not None
+    a0, b0 = factors.taken
+    start = host.weight() + scale * (factors.B @ factors.A - b0 @ a0)
+    assert torch.linalg.norm(weight - start) < torch.linalg.norm(weight - host.weight())
+
+
+def test_repeating_loftq_on_a_base_that_stays_gives_the_same_again() -> None:
+    """Why one step is all there is: for a fixed Q the first factors are the best of their rank, and the second are they."""
+    weight = torch.randn(64, 64, generator=generator(1))
+    host = QuantizedHost(load_formats()["nf4"](weight), torch.float32)
+    first = INITS["loftq"](host, 6, 2.0, InitStats(weight=weight), generator())
+    tail = torch.linalg.svdvals(weight - host.weight())[6:]
+    rest = weight - host.weight() - 2.0 * first.B @ first.A
+    torch.testing.assert_close(torch.linalg.norm(rest), torch.linalg.norm(tail), rtol=1e-5, atol=1e-6)
+    _, again = alternate(weight, lambda _: host.weight(), 6, 2.0, 5)
+    torch.testing.assert_close(again.B @ again.A, first.B @ first.A, rtol=1e-4, atol=1e-5)
 
 
 def nf4(weight: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How the factors of a low-rank update start: one function per scheme, `(host, rank, scale, stats, generator) -> Factors`.
 
 An init is pure: what it needs of the data (`InitStats`) is gathered by the trainer's calibration, never here. A scheme that
-shifts the base (PiSSA, OLoRA, LoftQ, LoRA-GA) says so in `Factors.shifted`; it is then stored as an update of the original base.
+shifts the base (PiSSA, OLoRA, CorDA, LoRA-GA) says so in `Factors.shifted`; it is then stored as an update of the original base.
 
 Files in this folder are found by name: an init is one function under `@init("name")`.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from veneer.inits._abstract import INITS, Init, InitStats, needs
+from veneer.inits._abstract import GENERAL, INITS, Init, InitStats, needs, paper
 from veneer.registry import discover
 
-__all__ = ["INITS", "Init", "InitStats", "load_all", "needs"]
+__all__ = ["GENERAL", "INITS", "Init", "InitStats", "load_all", "needs", "paper"]
 
 
 @cache

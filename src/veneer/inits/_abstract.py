@@ -12,7 +12,7 @@ from torch import Tensor
 from veneer.base.host import Host
 from veneer.errors import ConfigError
 from veneer.registry import Registry
-from veneer.types import Factors
+from veneer.types import HELD_FACTORS, Factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class InitStats:
     components  right singular vectors of the centred inputs, strongest first, `[k, in]`
     energies    the singular values that belong to them, `[k]`
     total       sum of all squared singular values, of which `energies` are the first
+    covariance  mean of x x^T over the inputs x, not centred, `[in, in]`
     key, value  what a text leaves in the cache, each `[layers, tokens, kv_heads, head_dim]` (at the place "")
     """
 
@@ -32,6 +33,7 @@ class InitStats:
     components: Tensor | None = None
     energies: Tensor | None = None
     total: float = 0.0
+    covariance: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
 
@@ -46,12 +48,27 @@ class Init(Protocol):
 
 INITS: Registry[Init] = Registry("init")
 _NEEDS: dict[str, frozenset[str]] = {}
+_PAPERS: dict[str, str] = {}
 
 
-def init(name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Init], Init]:
-    """File an init under `name`, with the fields of `InitStats` that it reads."""
+GENERAL = "general"
+"""Among `needs`: what is gathered comes from general text (`data.general`), not from the rows that are trained on."""
+
+
+def init(
+    name: str, *, needs: tuple[str, ...] = (), holds: tuple[str, ...] = (), paper: str = ""
+) -> Callable[[Init], Init]:
+    """File an init under `name`, with the fields of `InitStats` that it reads and the factors that training leaves alone."""
     _NEEDS[name] = frozenset(needs)
+    _PAPERS[name] = paper
+    if holds:
+        HELD_FACTORS[name] = frozenset(holds)
     return INITS.register(name)
+
+
+def paper(name: str) -> str:
+    """The arXiv number behind an init, or ""."""
+    return _PAPERS.get(name, "")
 
 
 def needs(name: str) -> frozenset[str]:

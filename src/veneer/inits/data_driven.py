@@ -24,7 +24,7 @@ GAMMA = 16.0
 """LoRA-GA's stability constant: the larger, the smaller the start."""
 
 
-@init("eva", needs=("components",))
+@init("eva", needs=("components",), paper="2410.07170")
 def eva(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """The strongest directions of what the layer sees."""
     components = need(stats.components if stats else None, "the inputs' directions", "eva")
@@ -33,7 +33,7 @@ def eva(host: Host, rank: int, scale: float, stats: InitStats | None, generator:
     return Factors(components[:rank].float().clone(), torch.zeros(host.shape.out_features, rank))
 
 
-@init("lora_ga", needs=("gradient",))
+@init("lora_ga", needs=("gradient",), paper="2407.05000")
 def lora_ga(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Directions of the first gradient, one half on each side."""
     gradient = need(stats.gradient if stats else None, "the first gradient", "lora_ga").float()

@@ -2,9 +2,10 @@
 
 (B, A) = best rank r of (W - q(W)) / s, so that q(W) + s B A is nearer to W than q(W) is.
 
-The surprise: this is the first step of the paper's alternation, and the last one here. Later steps replace q(W) by q(W - s B A),
-another base, while ours never changes: one quantised base carries many adapters. `alternate` is the paper's whole loop, for those
-who want to know what the later steps would give (on our spectra: a few per cent).
+The surprise: this is the first step of the paper's alternation, and the last one that means anything here. Later steps replace
+q(W) by q(W - s B A), another base, while ours never changes: one quantised base carries many adapters. On a base that stays, the
+first step is already the best rank-r answer (Eckart-Young), and repeating it gives it again: docs/why/quantised-starts.md.
+`alternate` is the paper's whole loop, which the benchmark of quantisation measures.
 
 The original weight has to be at hand: the 16-bit checkpoint that was quantised.
 """
@@ -22,7 +23,7 @@ from veneer.inits.spectral import best_factors
 from veneer.types import Factors
 
 
-@init("loftq", needs=("weight",))
+@init("loftq", needs=("weight",), paper="2310.08659")
 def loftq(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """The best rank-r part of the quantisation error."""
     original = need(stats.weight if stats else None, "the weight before quantisation", "loftq")

@@ -20,7 +20,7 @@ from veneer.inits._abstract import InitStats, init
 from veneer.types import Factors
 
 
-@init("default")
+@init("default", paper="2106.09685")
 def default(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Kaiming uniform A, zero B."""
     if host.shape.kind == "embedding":

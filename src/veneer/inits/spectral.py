@@ -18,14 +18,14 @@ from veneer.inits._abstract import InitStats, init
 from veneer.types import Factors
 
 
-@init("pissa")
+@init("pissa", paper="2404.02948")
 def pissa(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """The best rank-r part of W."""
     a, b = best_factors(host.weight().float(), rank, scale)
     return Factors(a, b, shifted=True)
 
 
-@init("pissa_fast")
+@init("pissa_fast", paper="2404.02948")
 def pissa_fast(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """Nearly the best rank-r part of W, at the cost of a few products."""
     u, s, v = randomised_svd(host.weight().float(), rank, generator)
@@ -33,7 +33,7 @@ def pissa_fast(host: Host, rank: int, scale: float, stats: InitStats | None, gen
     return Factors(root[:, None] * v.t(), u * root, shifted=True)
 
 
-@init("olora")
+@init("olora", paper="2406.01775")
 def olora(host: Host, rank: int, scale: float, stats: InitStats | None, generator: torch.Generator) -> Factors:
     """The first columns of Q and rows of R."""
     q, r = torch.linalg.qr(host.weight().float())

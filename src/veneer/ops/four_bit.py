@@ -38,7 +38,7 @@ class Table:
     signed: bool = False
 
     @cached_property
-    def values(self) -> Float[Tensor, "16"]:
+    def values(self) -> Float[Tensor, " levels"]:
         return torch.tensor(self.levels, dtype=torch.float32)
 
     @cached_property

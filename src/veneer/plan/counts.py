@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from veneer.base.host import Host
 from veneer.errors import NotFound, TargetError, listed
+from veneer.inits import load_all as load_inits
 from veneer.methods import METHODS, Method
 from veneer.methods._start import Place, host_at
 from veneer.registry import did_you_mean
@@ -46,6 +47,7 @@ class Counted:
 
 def adapter_tensors(spec: Method, shape: BaseShape, targets: Sequence[str]) -> Iterator[Counted]:
     """Every tensor of an adapter of method `spec` at `targets` (module paths, or the method's own places), without a weight."""
+    load_inits()  # some of them hold a factor fixed
     base = _Unloaded(shape)
     wanted: list[tuple[Method, str]] = [(spec, target) for target in targets]
     for fields, target in spec.companions(shape, targets):

@@ -2,9 +2,13 @@
 
 components  EVA: the strongest directions of each layer's inputs at labelled tokens, by incremental PCA. Layers that share an
             input (q, k, v; gate, up) share one. A layer is done when its directions no longer turn.
-gradient    LoRA-GA: the loss's gradient by each target weight, averaged over batches, for as many layers at a time as fit.
-weight      LoftQ: the 16-bit weight behind a quantised one.
+covariance  CorDA: the mean of x x^T over each layer's inputs.
+gradient    LoRA-GA, LoRA-One: the loss's gradient by each target weight, averaged over batches.
+weight      LoftQ, QPiSSA: the 16-bit weight behind a quantised one.
 key, value  prefix tuning: what a text leaves in the cache.
+
+Gradients and covariances are as large as the model, so they are gathered for as many layers at a time as fit a budget, when the
+start of the first of them is made, and forgotten with the last (`ByLot`).
 
 Incremental PCA (arXiv 0709.1694 [stat]): the right singular vectors of [diag(S) V; X - mean; w (old mean - new mean)],
 w = sqrt(N b / (N + b)).
@@ -15,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from veneer.data import Dataset, batch, plan_epoch
 from veneer.errors import ConfigError
-from veneer.inits import InitStats, needs
+from veneer.inits import GENERAL, InitStats, needs
 from veneer.inits import load_all as load_inits
 from veneer.inits.data_driven import spread_ranks
 from veneer.inject.targets import select
@@ -44,16 +48,21 @@ TOKENS = 16_384
 TOLERANCE = 0.99
 """Cosine between a direction before and after an update, from which on it counts as settled (EVA's tau)."""
 
-GRADIENT_BYTES = 512 * 2**20
-"""Memory for gradients that are gathered at a time."""
+LOT_BYTES = 512 * 2**20
+"""Memory for gradients or covariances that are gathered at a time."""
 
 Progress = Callable[[float], None]
 
 
 def calibrate(
-    base: Base, spec: Method, dataset: Dataset, seed: int, progress: Progress = lambda share: None
-) -> dict[str, InitStats]:
-    """What the init of `spec` needs, by target; empty for inits that need nothing."""
+    base: Base,
+    spec: Method,
+    dataset: Dataset,
+    seed: int,
+    progress: Progress = lambda share: None,
+    general: Dataset | None = None,
+) -> Mapping[str, InitStats]:
+    """What the init of `spec` needs, by target; empty for inits that need nothing. `general` is text beside the task's rows."""
     load_inits()
     if isinstance(spec, PrefixTuning):
         return {"": text_cache(base, spec)} if spec.init == "text" else {}
@@ -62,11 +71,21 @@ def calibrate(
     targets = select(base.shape, spec).targets
     wanted = needs(spec.init)
     if "weight" in wanted:
-        return original_weights(base, targets)
+        return original_weights(base, targets, spec.init)
+    if GENERAL in wanted:
+        if general is None:
+            raise ConfigError(
+                f"init: {spec.init} keeps what general text needs, and there is none",
+                help="name a file of general text in data.general",
+            )
+        dataset = general
     passes = [rows for step in plan_epoch(dataset, seed, 0, 2048, 2048) for rows in step]
     count = max(1, math.ceil(TOKENS / 2048))
     if "gradient" in wanted:
         return gradients(base, dataset, passes[:count], targets, progress)
+    _require_projections(base, targets, spec.init)
+    if "covariance" in wanted:
+        return covariances(base, dataset, passes[:count], targets, progress)
     most = max(spec.rank_at(t) for t in targets)
     return input_directions(base, dataset, passes[:count], targets, math.ceil(spec.rho * most), progress)
 
@@ -150,34 +169,69 @@ class _Watched:
         return self.inner.apply_transposed(dy)
 
 
-def input_directions(
-    base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], size: int, progress: Progress
-) -> dict[str, InitStats]:
-    """EVA's statistics for each target."""
+def _require_projections(base: Base, targets: Sequence[str], name: str) -> None:
+    """Refuse targets whose inputs are no vectors."""
+    if base.layout.embed_path in targets:
+        raise ConfigError(
+            f"init: {name} reads the inputs of a layer, and those of '{base.layout.embed_path}' are token ids",
+            help="leave it out with method.exclude, or use an init without inputs: default, pissa, lora_ga",
+        )
+
+
+def _groups(base: Base, targets: Iterable[str]) -> dict[str, str]:
+    """Target -> the group that it is a part of: layers of one group share their input. A tied head is a group of its own."""
     group_of = {part.path: spec.name for spec in base.layout.groups for part in spec.parts}
-    found = {group_of[t]: Directions(size) for t in targets}
+    return {target: group_of.get(target, "head") for target in targets}
+
+
+def _watch(
+    base: Base,
+    dataset: Dataset,
+    passes: Sequence[Sequence[int]],
+    groups: Collection[str],
+    see: Callable[[str, Tensor, Tensor], bool],
+    progress: Progress,
+) -> None:
+    """Show `see` the inputs of each group, `(group, x [tokens, in], which tokens carry a label)`, until it returns True."""
     mask = torch.empty(0, dtype=torch.bool)
+    done: dict[str, bool] = dict.fromkeys(groups, False)
 
     def watcher(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            if not found[name].settled:
-                found[name].update(x[mask])
+        def look(x: Tensor) -> None:
+            done[name] = see(name, x, mask)
 
-        return see
+        return look
 
     watched = copy.copy(base.decoder)
     watched.groups = {
-        name: replace(group, frozen=_Watched(group.frozen, watcher(name))) if name in found else group
+        name: replace(group, frozen=_Watched(group.frozen, watcher(name))) if name in groups else group
         for name, group in base.decoder.groups.items()
     }
     for number, rows in enumerate(passes):
         item = batch(dataset, rows, -1)
         mask = item.labels != -100
         with torch.no_grad():
-            watched.forward(item.tokens, item.segments)
+            hidden = watched.forward(item.tokens, item.segments)
+        if "head" in done:
+            watcher("head")(hidden)
         progress((number + 1) / len(passes))
-        if all(directions.settled for directions in found.values()):
+        if all(done.values()):
             break
+
+
+def input_directions(
+    base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], size: int, progress: Progress
+) -> dict[str, InitStats]:
+    """EVA's statistics for each target."""
+    group_of = _groups(base, targets)
+    found = {name: Directions(size) for name in group_of.values()}
+
+    def see(name: str, x: Tensor, labelled: Tensor) -> bool:
+        if not found[name].settled:
+            found[name].update(x[labelled])
+        return found[name].settled
+
+    _watch(base, dataset, passes, found, see, progress)
     return {
         target: InitStats(components=seen.vectors.float(), energies=seen.values.float(), total=seen.total)
         for target in targets
@@ -185,21 +239,94 @@ def input_directions(
     }
 
 
+class ByLot(Mapping[str, InitStats]):
+    """Statistics that are gathered when the first of their lot is asked for; one lot is held at a time."""
+
+    def __init__(
+        self, lots: Sequence[Sequence[str]], gather: Callable[[Sequence[str], Progress], dict[str, InitStats]],
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self._lots = lots
+        self._lot_of = {target: number for number, lot in enumerate(lots) for target in lot}
+        self._gather, self._progress = gather, progress
+        self._number = -1
+        self._held: dict[str, InitStats] = {}
+
+    def __getitem__(self, target: str) -> InitStats:
+        number = self._lot_of[target]
+        if number != self._number:
+            self._held = {}  # before the next one is gathered
+            self._held = self._gather(
+                self._lots[number], lambda share: self._progress((number + share) / len(self._lots))
+            )
+            self._number = number
+        return self._held[target]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lot_of)
+
+    def __len__(self) -> int:
+        return len(self._lot_of)
+
+
+def lots(targets: Iterable[str], weighs: Callable[[str], int]) -> list[list[str]]:
+    """Targets, in order, in lots whose bytes fit into the budget; a target that doesn't has a lot of its own."""
+    found: list[list[str]] = [[]]
+    used = 0
+    for target in targets:
+        size = weighs(target)
+        if found[-1] and used + size > LOT_BYTES:
+            found.append([])
+            used = 0
+        found[-1].append(target)
+        used += size
+    return found
+
+
+def covariances(
+    base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], progress: Progress
+) -> ByLot:
+    """The mean of x x^T over the inputs of each target, fp64 `[in, in]`. Targets of one group share it."""
+
+    def gather(lot: Sequence[str], progress: Progress) -> dict[str, InitStats]:
+        group_of = _groups(base, lot)
+        sums: dict[str, Tensor] = {}
+        counts = dict.fromkeys(group_of.values(), 0)
+
+        def see(name: str, x: Tensor, labelled: Tensor) -> bool:
+            wide = x.float()
+            sums[name] = sums.get(name, 0.0) + (wide.t() @ wide).double()
+            counts[name] += len(x)
+            return False
+
+        _watch(base, dataset, passes, counts, see, progress)
+        means = {name: total / max(counts[name], 1) for name, total in sums.items()}
+        return {target: InitStats(covariance=means[name]) for target, name in group_of.items() if name in means}
+
+    def weighs(target: str) -> int:
+        return 8 * base.shape.hosts[target].in_features ** 2
+
+    return ByLot(lots(targets, weighs), gather, progress)
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
 def gradients(
     base: Base, dataset: Dataset, passes: Sequence[Sequence[int]], targets: Sequence[str], progress: Progress
-) -> dict[str, InitStats]:
+) -> ByLot:
     """The mean gradient of the loss by each target weight, fp32 `[out, in]`."""
-    found: dict[str, InitStats] = {}
-    groups = list(_chunks(base, targets))
-    for number, chunk in enumerate(groups):
-        weights = {t: base.host(t).weight().detach().clone().requires_grad_() for t in chunk}
-        lowered = Lowered(overrides={f"{t}.weight": Override(_as_stored(base, t, w)) for t, w in weights.items()})
-        bank = Bank.of([lowered], base.decoder.groups, base.layout.embed_path)
+
+    def gather(lot: Sequence[str], progress: Progress) -> dict[str, InitStats]:
+        weights = {t: base.host(t).weight().detach().clone().requires_grad_() for t in lot}
+        overrides = {f"{t}.weight": Override(_as_stored(base, t, w)) for t, w in weights.items()}
+        head = f"{base.layout.head_path}.weight"
+        if base.config.tied_head and base.layout.embed_path in weights and head not in overrides:
+            # A replaced embedding is the head's weight, too; an adapter on the embedding does not reach the head.
+            overrides[head] = Override(base.decoder.embed)
+        bank = Bank.of([Lowered(overrides=overrides)], base.decoder.groups, base.layout.embed_path)
         total = 0.0
-        for index, rows in enumerate(passes):
+        for number, rows in enumerate(passes):
             item = batch(dataset, rows, 0)
             labelled = item.labelled
             hidden = base.decoder.forward(item.tokens, item.segments, bank, rows=labelled)
@@ -207,11 +334,18 @@ def gradients(
             loss = base.decoder.loss(hidden, item.labels[labelled], item.weights[labelled], spans, bank)
             loss.backward()
             total += float(item.weights.sum())
-            progress((number + (index + 1) / len(passes)) / len(groups))
+            progress((number + 1) / len(passes))
+        found = {}
         for target, weight in weights.items():
             assert weight.grad is not None
             found[target] = InitStats(gradient=weight.grad.float() / total)
-    return found
+        return found
+
+    def weighs(target: str) -> int:
+        shape = base.shape.hosts[target]
+        return 2 * shape.in_features * shape.out_features * base.dtype.itemsize
+
+    return ByLot(lots(targets, weighs), gather, progress)
 
 
 def _as_stored(base: Base, target: str, weight: Tensor) -> Tensor:
@@ -219,32 +353,16 @@ def _as_stored(base: Base, target: str, weight: Tensor) -> Tensor:
     return weight if base.shape.hosts[target].kind == "linear" else weight.t()
 
 
-def _chunks(base: Base, targets: Sequence[str]) -> Iterator[list[str]]:
-    """Targets in lots whose weights and gradients fit into the budget."""
-    lot: list[str] = []
-    used = 0
-    for target in targets:
-        shape = base.shape.hosts[target]
-        size = 2 * shape.in_features * shape.out_features * base.dtype.itemsize
-        if lot and used + size > GRADIENT_BYTES:
-            yield lot
-            lot, used = [], 0
-        lot.append(target)
-        used += size
-    if lot:
-        yield lot
-
-
 # -- weights and texts -------------------------------------------------------------------------------------------------
 
 
-def original_weights(base: Base, targets: Sequence[str]) -> dict[str, InitStats]:
+def original_weights(base: Base, targets: Sequence[str], name: str = "loftq") -> dict[str, InitStats]:
     """The weights behind a quantised base, from its converted 16-bit file; mapped, not read into memory."""
     from veneer.models.load import load_base
 
     if base.quantize is None:
         raise ConfigError(
-            "init: loftq starts from what quantisation lost, and this base is not quantised", help="set quantize: nf4"
+            f"init: {name} starts from what quantisation lost, and this base is not quantised", help="set quantize: nf4"
         )
     plain = load_base(base.source, dtype="bfloat16", device=base.device)
     return {target: InitStats(weight=plain.host(target).weight()) for target in targets}

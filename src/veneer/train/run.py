@@ -111,7 +111,7 @@ def _prepare(base: Base, task: Task, sizes: Fit, folder: Path) -> tuple[Run, dic
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
         generator.manual_seed(task.config.seed * 1009 + offset)
-    stats = calibrate(base, task.spec, task.dataset, task.config.seed)
+    stats = calibrate(base, task.spec, task.dataset, task.config.seed, general=task.general)
     spec = spread(task.spec, stats)
     spec = spec if base.tokenizer is None else spec.prepared(base.tokenizer.encode)
     adapter = create(base, spec, generators["init"], stats=stats, provenance=provenance(base, task))

@@ -23,7 +23,7 @@ DAMPING = 1e-2
 
 
 @torch.no_grad()
-def precondition(parameters: FlatParameters, damping: float = DAMPING) -> None:
+def precondition(parameters: FlatParameters, damping: float) -> None:
     """Each gradient of a factor by the inverse metric of the other factor, in place."""
     for pair in parameters.pairs():
         if pair.grad_a is not None:
@@ -57,7 +57,7 @@ class _ScaledAdamW(torch.optim.AdamW):
         self._parameters = parameters
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        precondition(self._parameters)
+        precondition(self._parameters, DAMPING)
         super().step(closure)
         return None
 
@@ -68,6 +68,6 @@ class _ScaledSGD(torch.optim.SGD):
         self._parameters = parameters
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        precondition(self._parameters)
+        precondition(self._parameters, DAMPING)
         super().step(closure)
         return None
