@@ -113,6 +113,9 @@ class Handle:
 
 def attach(model: nn.Module, adapter: Adapter) -> Handle:
     """Put `adapter` on any module whose layers it names. One TargetError lists everything that does not fit."""
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted) and path in adapter.targets:
+            raise Conflict(f"'{path}' already carries an adapter", help="detach the first one")
     source = ModuleSource(model)
     by_target: dict[str, list[Bound]] = {}
     shared: dict[str, Tensor] = {}
@@ -134,8 +137,6 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
     layers: dict[str, Adapted] = {}
     for path, methods in by_target.items():
         layer = model.get_submodule(path)
-        if isinstance(layer, Adapted):
-            raise Conflict(f"'{path}' already carries an adapter", help="detach the first one")
         on_host = host_kind(layer) is not None and all(part.site != "sublayer" for _, part in methods)
         layers[path] = (
             AdaptedLayer(layer, module_host(layer), methods, shared) if on_host else AdaptedModule(layer, methods, {})
@@ -186,9 +187,9 @@ def _shape(module: nn.Module) -> HostShape:
     assert kind is not None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return ConvHost(module).shape
+    if isinstance(module, nn.Linear):  # a packed weight has another shape than the layer
+        return HostShape(kind, module.in_features, module.out_features, module.bias is not None)
     rows, columns = _weight(module).shape
-    if kind == "linear":
-        return HostShape(kind, columns, rows, module.bias is not None)
     return HostShape(kind, rows, columns, kind == "conv1d")
 
 
