@@ -10,7 +10,7 @@ KINDS = (
     ("loss", r"log_softmax|nll_loss|cross_entropy"),
     ("attention", r"attention|aten::_?softmax"),
     ("dequantise", r"bitsandbytes|dequantise"),
-    ("GEMM", r"aten::_?(mm|addmm_?|bmm|baddbmm_?|linear|mkldnn_linear|int_mm)$|veneer::product"),
+    ("GEMM", r"aten::_?(mm|addmm_?|bmm|baddbmm_?|linear|int_mm)$|mkldnn|veneer::product"),
     ("allocation", r"aten::(empty|zeros|ones|full|zero_|fill_|resize_|new_)"),
     ("copies", r"aten::(copy_|_to_copy|to|contiguous|clone|cat|index|index_select|embedding)"),
     ("norm, rope, activation", r"."),
