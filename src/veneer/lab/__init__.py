@@ -1,0 +1,1 @@
+"""Experiments that compare: which method, at which rate, for what it costs."""
