@@ -147,6 +147,7 @@ def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
 def _read_tensors(folder: Path, mapped: bool) -> dict[str, Tensor]:
     file = open_tensors(plain_file(folder, TENSORS))
     tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.tensors}
+    tensors = _without_pruned(tensors)
     problems = _malformed(tensors)
     if not file.sums_are_finite():
         problems += first_non_finite(tensors)
