@@ -16,6 +16,7 @@ import torch
 from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits, small_base, with_tokenizer
 from veneer.adapter import Adapter
 from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
+from veneer.engine.arena import Arena
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
 from veneer.inject import create
 from veneer.methods import lower, parse
@@ -475,13 +476,34 @@ def test_leaving_the_iterator_early_ends_what_it_started() -> None:
     assert not running.busy
 
 
-def test_memory_that_was_never_written_counts_for_nothing() -> None:
-    """New tensors are filled with NaN here; answers of unequal length share a table whose rows are longer than they are."""
-    base = small_base()
-    requests = [Request([n + i for i in range(n)], max_tokens=6, ignore_eos=True) for n in (3, 9, 17)]
-    expected = tokens(engine(base), requests)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert tokens(engine(base), requests) == expected
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_was_never_written_counts_for_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer for keys and values begins as NaN here: answers of unequal length, virtual rows, growth, prefixes, reuse."""
+    base = small_base(dtype=dtype, hidden_size=64, intermediate_size=64)
+    names = ["lora", "prefix", "prompt"]
+    adapters = {name: shaken(base, name) for name in names}
+    lengths = (3, 9, 17, 60, 66, 100)
+    requests = [
+        Request(ids(n, n), adapter=[None, *names][i % 4], max_tokens=20, ignore_eos=True, n=1 + (i == 4), logprobs=1)
+        for i, n in enumerate(lengths)
+    ]
+
+    def answers() -> list[Any]:
+        running = engine(base, limits=Limits(chunk=(8, 16), alone=48))
+        for name, adapter in adapters.items():
+            running.add(name, adapter)
+        found = running.complete(requests)
+        again = running.complete(requests[::-1])
+        return [(c.tokens, c.logprobs) for choices in (*found, *again[::-1]) for c in choices]
+
+    expected = answers()
+    take = Arena._take
+    taken: list[int] = []
+
+    def poisoned(self: Arena, size: int) -> torch.Tensor:
+        taken.append(size)
+        return take(self, size).fill_(torch.nan)
+
+    monkeypatch.setattr(Arena, "_take", poisoned)
+    assert answers() == expected
+    assert len(set(taken)) > 2, "buffers of several sizes were given out"
