@@ -1,6 +1,6 @@
 """Every benchmark, one after the other: `make bench`. Rivals live in an environment of their own, made on first use.
 
-    python benchmarks/run.py [NAME ...]
+    python benchmarks/run.py [NAME ...] [-- ARGUMENTS OF THAT SCRIPT]
 
 Nothing else may run meanwhile: on a shared machine the ratios hold better than the figures, but neither holds well.
 """
@@ -34,16 +34,21 @@ def make_peers() -> None:
 
 
 def main() -> None:
+    ours, extra = sys.argv[1:], []
+    if "--" in ours:
+        ours, extra = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all where none is given")
-    names = parser.parse_args().names or NAMES
+    names = parser.parse_args(ours).names or NAMES
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if extra and len(names) != 1:
+        parser.error("arguments after -- are for one benchmark: name it")
     make_peers()
     for name in names:
         print(f"== {name}", file=sys.stderr)
-        subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
+        subprocess.run([sys.executable, str(HERE / f"{name}.py"), *extra], check=True)
 
 
 if __name__ == "__main__":

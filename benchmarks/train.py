@@ -72,17 +72,18 @@ def run_case(name: str, rounds: int, peer_python: str, folder: str) -> dict[str,
     }
 
 
-def kernels(case: str, peer_python: str, folder: str) -> dict[str, dict[str, float]]:
-    """Seconds by kind of kernel of one step, of both."""
-    arguments = CASES[case][0]
-    with tempfile.TemporaryDirectory() as scratch:
-        trace = ["--steps", "1", "--profile", f"{scratch}/trace.json"]
-        found = {
-            "veneer": drive(sys.executable, OURS, MODEL, *arguments, *trace),
-            "peft": drive(peer_python, HERE / "peers" / "train_peft.py", folder, *arguments, *trace),
-        }
+def kernels(case: str, peer_python: str, folder: str, traces: Path) -> dict[str, dict[str, float]]:
+    """Seconds by kind of kernel of one step, of both; their Chrome traces go to a folder."""
+    found = {}
+    drivers = {
+        "veneer": (sys.executable, OURS, MODEL),
+        "peft": (peer_python, HERE / "peers" / "train_peft.py", folder),
+    }
+    for who, (python, driver, model) in drivers.items():
+        trace = ["--steps", "1", "--profile", str(traces / f"{case}-{who}.json")]
+        found[who] = drive(python, driver, model, *CASES[case][0], *trace)["breakdown_seconds"]
     say(f"{case}: kernels")
-    return {who: line["breakdown_seconds"] for who, line in found.items()}
+    return found
 
 
 def scaling() -> list[dict[str, Any]]:
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--peer-python", default=str(PEER_PYTHON))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="keep the Chrome traces of the kernels part there")
     args = parser.parse_args()
     parts, names = args.parts.split(","), args.cases.split(",")
     if unknown := (set(parts) - set(PARTS)) | (set(names) - set(CASES)):
@@ -258,8 +260,10 @@ def main() -> None:
             kept |= {name: run_case(name, args.rounds, args.peer_python, folder) for name in names}
             results["cases"] = [kept[name] for name in CASES if name in kept]
         if "kernels" in parts:
+            traces = args.profile or Path(scratch)
+            traces.mkdir(parents=True, exist_ok=True)
             results["kernels"] = {
-                name: kernels(name, args.peer_python, folder) for name in ("bf16-fixed", "fp32-fixed")
+                name: kernels(name, args.peer_python, folder, traces) for name in ("bf16-fixed", "fp32-fixed")
             }
     if "scaling" in parts:
         results["scaling"] = scaling()
