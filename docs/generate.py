@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: methods, inits, rules, run-file keys, command-line help, the list of modules.
+"""Writes docs/reference/ from the code: methods, what works, inits, rules, run-file keys, command-line help, the list of modules.
 
 `make docs` runs it; `tests/docs/test_reference.py` fails when a page and the code have grown apart.
 """
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
@@ -28,7 +29,10 @@ def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
     makers: dict[str, Callable[[], str]] = {
         "methods.md": methods,
+        "what-works.md": what_works,
         "inits.md": inits,
+        "optimizers.md": optimizers,
+        "base-formats.md": base_formats,
         "rules.md": rules,
         "run-file.md": run_file,
         "cli.md": cli,
@@ -60,15 +64,59 @@ def methods() -> str:
     return text
 
 
-def inits() -> str:
-    from veneer.inits import load_all, needs
+def what_works() -> str:
+    """The table that `tests/works` tries cell by cell."""
+    if str(ROOT) not in sys.path:  # run as a script, the checkout's tests are not importable
+        sys.path.append(str(ROOT))
+    from tests.works.table import page
 
+    return page()
+
+
+def inits() -> str:
+    from veneer.inits import load_all, needs, paper
+
+    found = load_all()
     rows = [
-        (f"`{n}`", _first(inspect.getdoc(f)), ", ".join(sorted(needs(n))) or "-") for n, f in sorted(load_all().items())
+        (f"`{n}`", _first(inspect.getdoc(f)), ", ".join(sorted(needs(n))) or "-", _arxiv(paper(n)))
+        for n, f in sorted(found.items())
     ]
-    return "# Inits\n\nIn a run file: `method: {kind: lora, init: NAME}`.\n\n" + _table(
-        ("name", "what", "needs from data"), rows
+    intro = (
+        "# Inits\n\nIn a run file: `method: {kind: lora, init: NAME}`. Which one when: "
+        "[choosing](../howto/choose.md#inits).\n\n"
     )
+    return intro + _table(("name", "what", "needs from data", "paper"), rows) + _files(found.values())
+
+
+def optimizers() -> str:
+    from veneer.train.optimizers import load_all
+
+    found = load_all()
+    rows = [
+        (f"`{n}`", _first(inspect.getdoc(o.factory)), ", ".join(o.freezes) or "-", _arxiv(o.paper))
+        for n, o in sorted(found.items())
+    ]
+    intro = (
+        "# Optimisers\n\nIn a run file: `train: {optimizer: NAME}`. Which one when: "
+        "[choosing](../howto/choose.md#optimisers).\n\n"
+    )
+    text = intro + _table(("name", "what", "leaves as it starts", "paper"), rows)
+    return text + _files(o.factory for o in found.values())
+
+
+def base_formats() -> str:
+    from veneer.base.formats import load_all
+
+    side = 4096
+    rows = [
+        (f"`{n}`", f.summary, f"{8 * f.nbytes(side, side) / side**2:.3f}", _arxiv(f.paper))
+        for n, f in sorted(load_all().items())
+    ]
+    intro = (
+        "# Base formats\n\nIn a run file: `quantize: NAME`; in Python: `vn.load_base(..., quantize=NAME)`. Which one when: "
+        "[choosing](../howto/choose.md#base-formats). Embeddings, norms, biases and the head stay in 16 or 32 bits.\n\n"
+    )
+    return intro + _table(("name", "what", f"bits a weight ({side} x {side})", "paper"), rows)
 
 
 def rules() -> str:
@@ -151,8 +199,13 @@ def modules() -> str:
 
 def _module_text(thing: type) -> str:
     """The docstring of the module that a class is the reason for."""
-    text = inspect.getdoc(sys.modules[thing.__module__]) or ""
-    return "\n\n".join(_fence(p) if p.startswith("    ") else p for p in text.split("\n\n"))
+    return _paragraphs(sys.modules[thing.__module__])
+
+
+def _paragraphs(module: ModuleType) -> str:
+    """A module's docstring; paragraphs that are set in, or that are a table of words, keep their lines."""
+    text = inspect.getdoc(module) or ""
+    return "\n\n".join(_fence(p) if p.startswith("    ") or "  " in p.strip() else p for p in text.split("\n\n"))
 
 
 def _fields(model: type[BaseModel]) -> str:
@@ -177,7 +230,17 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _paper(method: Any) -> str:
-    return f"arXiv {method.paper}" if method.paper else "-"
+    return _arxiv(method.paper)
+
+
+def _arxiv(number: str) -> str:
+    return f"arXiv {number}" if number else "-"
+
+
+def _files(functions: Iterable[Any]) -> str:
+    """The docstring of every file that one of these functions stands in, under the file's name."""
+    names = sorted({function.__module__ for function in functions})
+    return "".join(f"\n## {name.rpartition('.')[2]}\n\n{_paragraphs(sys.modules[name])}\n" for name in names)
 
 
 def _yes(value: object) -> str:

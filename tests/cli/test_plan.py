@@ -44,7 +44,13 @@ def test_a_run_file(tmp_path: Path, capsys: Output) -> None:
     assert run(["plan", "--config", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "q_proj" in shown and "100 tokens a pass" in shown
-    assert answer(capsys, "--config", str(file))["lora"]["trained"] == 30 * 4 * (576 + 576 + 576 + 192)
+    plain = answer(capsys, "--config", str(file))["lora"]
+    assert plain["trained"] == 30 * 4 * (576 + 576 + 576 + 192)
+    text = file.read_text()
+    for optimizer, trained, state in (("lora_fa", 30 * 4 * (576 + 192), 8), ("lora_pro", plain["trained"], 4)):
+        file.write_text(text.replace("{tokens_per_pass: 100}", f"{{tokens_per_pass: 100, optimizer: {optimizer}}}"))
+        other = answer(capsys, "--config", str(file))["lora"]
+        assert other["trained"] == trained and other["optimizer"] == state * trained
 
 
 @pytest.mark.parametrize(

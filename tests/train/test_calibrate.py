@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,9 @@ from veneer.methods.lora import LoRA
 from veneer.methods.prefix import PrefixTuning
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.train.calibrate import Directions, calibrate, covariances, gradients, input_directions, spread
+from veneer.train import lots
+from veneer.train.calibrate import calibrate, gradients, spread
+from veneer.train.inputs import Directions, covariances, input_directions
 from veneer.train.loop import pass_loss
 
 
@@ -114,7 +115,7 @@ def test_covariances_are_those_of_the_inputs(base: Base, dataset: Dataset, monke
     assert first is not None
     torch.testing.assert_close(first, x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
     whole = {name: found[name].covariance for name in names}
-    monkeypatch.setattr(import_module("veneer.train.calibrate"), "LOT_BYTES", 1)
+    monkeypatch.setattr(lots, "LOT_BYTES", 1)
     shares: list[float] = []
     single = covariances(base, dataset, passes, names, shares.append)
     for name in names:

@@ -164,7 +164,7 @@ def _as_json(question: Question, answer: Estimate) -> dict[str, Any]:
     return {
         "method": question.name,
         "spec": {"kind": question.spec.kind} | question.spec.model_dump(mode="json"),
-        "work": asdict(question.work),
+        "work": {name: value for name, value in asdict(question.work).items() if name != "state"},
         "trained": answer.parameters,
         "stored": answer.stored,
         "bytes": dict(answer.bytes) | {"total": answer.total},
