@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.models.tiny import checkpoint
 from veneer.adapter import Adapter, Provenance
@@ -116,6 +117,44 @@ def test_doctor(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", str(place / "dead"), "--json"]) == 1
     assert told(capsys)["worst"] == "error"
     assert run(["doctor"]) == 2
+
+
+def test_every_export_has_a_card(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's figures and data come along, the licence only where somebody says it, and a scaled adapter loses its figures."""
+    run_folder, base = place / "run", str(place / "base")
+    run_folder.mkdir()
+    (place / "a").rename(run_folder / "adapter")
+    (run_folder / "provenance.json").write_text(json.dumps({"data": {"train": "ab" * 32}}))
+    (run_folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_loss": 1.25, "general_loss": 2.5}) + "\n")
+    a = str(run_folder / "adapter")
+    (place / "base" / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
+
+    def export(form: str, out: str, *more: str) -> str:
+        assert run(["export", "--format", form, "--base", base, "--adapter", a, "--out", str(place / out), *more]) == 0
+        return str(capsys.readouterr().out)
+
+    assert "peft/README.md" in export("peft", "peft", "--license", "Apache-2.0")
+    text = (place / "peft" / "README.md").read_text()
+    fields = yaml.safe_load(text.split("---")[1])
+    assert fields["license"] == "apache-2.0"
+    assert (fields["base_model"], fields["library_name"]) == ("tiny", "peft")
+    assert fields["metrics"] == ["eval_loss", "general_loss"]
+    assert "| eval_loss | 1.25 |" in text
+    assert "ab" * 32 in text and Adapter.load(place / "peft").digest in text
+    export("gguf", "m.gguf", "--license", "mit")
+    text = (place / "m.README.md").read_text()
+    assert "before the two were merged" in text and "mit (says its own card)" in text
+    export("vllm", "vllm")
+    text = (place / "vllm" / "README.md").read_text()
+    assert "license: unknown" in text and Adapter.load(place / "run").digest in text
+    assert run(["merge", "--base", base, "--adapter", f"{a}@0.5", "--out", str(place / "out"), "--no-check"]) == 0
+    text = (place / "out" / "README.md").read_text()
+    assert "0.5 times what was trained" in text and "eval_loss" not in text
+    assert "lost to rounding" in text and "mit (says its own card)" in text
+    assert (place / "out" / "README.base.md").read_text().endswith("# The base\n")
+    capsys.readouterr()
+    assert run(["export", "--format", "gguf", "--base", base, "--adapter", a, "--out", str(place / "m.bin")]) == 1
+    assert "m.README.md is already there" in capsys.readouterr().err
 
 
 def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

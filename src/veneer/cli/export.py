@@ -7,18 +7,20 @@
     veneer export --for vllm --adapter runs/tickets/adapter
 
 gguf merges the adapter into the model in fp32 and rounds once. gguf-adapter keeps it apart, for llama.cpp's --lora. vllm writes
-a PEFT folder with one rank and every scale folded in; --for vllm only says whether that would work.
+a PEFT folder with one rank and every scale folded in; --for vllm only says whether that would work. A model card with what is
+known of base, data, figures, lineage and licence goes with every export: README.md in a folder, NAME.README.md beside a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli._card import Licence, story_of
 from veneer.cli._options import Json, load_adapters
 from veneer.cli._output import bytes_text, say, say_json
 from veneer.errors import ConfigError, Conflict
@@ -26,12 +28,13 @@ from veneer.registry import did_you_mean
 
 if TYPE_CHECKING:
     from veneer.adapter import Adapter
+    from veneer.formats.card import Form, Story
     from veneer.models.base import Base
 
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for."""
+    """What was asked for, and what its model card can say."""
 
     out: Path
     base: str | None
@@ -39,6 +42,7 @@ class Order:
     filetype: Any
     apart: bool
     untie: bool
+    story: Story
 
     def model(self) -> Base:
         from veneer.models.load import load_base
@@ -51,6 +55,17 @@ class Order:
         if self.adapter is None:
             raise ConfigError("--adapter is missing: this format is for an adapter")
         return self.adapter
+
+    def write_card(self, place: Path, form: Form, base: Base | None = None, **facts: str) -> None:
+        """The model card of what was written, where there is an adapter to tell of."""
+        from veneer.formats.card import card
+        from veneer.merge.store import licence, store_of
+
+        if self.adapter is None:
+            return
+        licenced = None if base is None else licence(store_of(base))
+        told = replace(self.story, base_licence=licenced, facts={**self.story.facts, **facts})
+        place.write_text(card(self.adapter, told, form, None if base is None else base.name), "utf-8")
 
 
 def command(
@@ -65,6 +80,7 @@ def command(
     filetype: Annotated[str, typer.Option("--type", help="Of a .gguf file: f32, f16, bf16 or q8_0.")] = "f16",
     apart: Annotated[bool, typer.Option("--apart", help="ollama: keep the adapter in a file of its own.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied head a tensor of its own.")] = False,
+    licence: Licence = None,
     target: Annotated[str | None, typer.Option("--for", help="Only say what this tool (vllm) could not carry.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -80,8 +96,10 @@ def command(
         raise ConfigError("--out is missing: where should the files go?")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise Conflict(f"{out} is already there", help="choose a new name, or remove it")
-    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie))
-    files = sorted(p for p in (out.iterdir() if out.is_dir() else [out]))
+    if not out.is_dir() and card_beside(out).exists():
+        raise Conflict(f"{card_beside(out)} is already there", help="the model card goes there; choose a new name")
+    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie, _story(adapter, licence)))
+    files = sorted(out.iterdir() if out.is_dir() else [p for p in (out, card_beside(out)) if p.exists()])
     written = {str(p): p.stat().st_size for p in files}
     if as_json:
         say_json({"format": form, "files": written, **facts})
@@ -90,6 +108,17 @@ def command(
         say(f"{path}: {bytes_text(size)}")
     for line in facts.values():
         say(str(line))
+
+
+def _story(adapter: str | None, licence: str | None) -> Story:
+    from veneer.formats.card import Story
+
+    return Story(licence=licence) if adapter is None else story_of(adapter, licence)
+
+
+def card_beside(file: Path) -> Path:
+    """Where the model card of a single file goes."""
+    return file.with_name(f"{file.stem}.README.md")
 
 
 def _check(target: str, adapter: Adapter | None, as_json: bool) -> None:
@@ -120,6 +149,7 @@ def _gguf(order: Order) -> dict[str, str]:
     order.out.parent.mkdir(parents=True, exist_ok=True)
     words = tokenizer_fields(base.tokenizer, base.config.vocab)
     export_model(model, order.out, words, filetype=order.filetype, name=base.name)
+    order.write_card(card_beside(order.out), "gguf", base, type=order.filetype)
     return {}
 
 
@@ -129,6 +159,7 @@ def _gguf_adapter(order: Order) -> dict[str, str]:
     adapter, base = order.required(), order.model()
     order.out.parent.mkdir(parents=True, exist_ok=True)
     export_adapter(adapter, base.hf_config, order.out, filetype=order.filetype, name=order.out.stem)
+    order.write_card(card_beside(order.out), "gguf-adapter", base, type=order.filetype)
     return {}
 
 
@@ -152,6 +183,7 @@ def _ollama(order: Order) -> dict[str, str]:
         if apart is not None:
             export_adapter(apart, base.hf_config, folder / "adapter.gguf", filetype="f32")
         (folder / "Modelfile").write_text(text, "utf-8")
+        order.write_card(folder / "README.md", "ollama", base, type=order.filetype)
 
     replace_folder(order.out, frozenset(), write)
     return {"next": f"ollama create {base.name} -f {order.out / 'Modelfile'}"}
@@ -159,6 +191,7 @@ def _ollama(order: Order) -> dict[str, str]:
 
 def _peft(order: Order) -> dict[str, str]:
     order.required().save(order.out)
+    order.write_card(order.out / "README.md", "adapter")
     return {}
 
 
@@ -167,6 +200,8 @@ def _vllm(order: Order) -> dict[str, str]:
 
     adapter, rank = servable(order.required())
     adapter.save(order.out)
+    told = {"made from": order.required().digest, "written": "one rank for all targets, every scale folded into B"}
+    replace(order, adapter=adapter).write_card(order.out / "README.md", "adapter", **told)
     return {"next": f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {order.out.name}={order.out}"}
 
 

@@ -6,7 +6,8 @@
     veneer merge --undo merged --out base-again
 
 The sum is formed in fp32 and rounded once. How much of the update survived the rounding is printed, and so is how far the merged
-model is from base and adapter on probe prompts. The base is only read.
+model is from base and adapter on probe prompts. The folder gets a model card (README.md): what is known of base, data, figures,
+lineage and licence. The base is only read.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli._card import Licence, story_of
 from veneer.cli._options import Json, load_adapters
 from veneer.cli._output import note, say, say_json, say_table
 from veneer.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
     from veneer.adapter import Adapter
+    from veneer.formats.card import Story
     from veneer.merge import Agreement, MergeReport
     from veneer.models.base import Base
 
@@ -56,6 +59,7 @@ def command(
     allow_base_mismatch: Annotated[
         str | None, typer.Option(metavar="REASON", help="Merge into another base; the reason is recorded.")
     ] = None,
+    licence: Licence = None,
     as_json: Json = False,
 ) -> None:
     from veneer.merge import agreement, merge, unmerge
@@ -66,11 +70,11 @@ def command(
         return
     if base is None or adapter is None:
         raise ConfigError("merge needs --base and --adapter", help="or --undo DIR to take a merged folder apart")
-    found = next(iter(load_adapters([adapter]).values()))
+    found, story = next(iter(load_adapters([adapter]).values())), story_of(adapter, licence)
     if quantize is not None:
         if unmergeable:
             raise ConfigError("--unmergeable and --quantize exclude each other", help="keep the base to go back to")
-        _four_bit(base, found, out, quantize, route, stochastic or 0, untie, allow_base_mismatch, as_json)
+        _four_bit(base, found, out, quantize, route, stochastic or 0, untie, allow_base_mismatch, story, as_json)
         return
     loaded = _loaded(base, dtype) if check or dtype != "auto" else None
     report = merge(
@@ -81,6 +85,7 @@ def command(
         stochastic=stochastic,
         unmergeable=unmergeable,
         allow_base_mismatch=allow_base_mismatch,
+        story=story,
     )
     same = None if loaded is None or not check else agreement(loaded, found, out)
     if as_json:
@@ -98,6 +103,7 @@ def _four_bit(
     seed: int,
     untie: bool,
     allow: str | None,
+    story: Story,
     as_json: bool,
 ) -> None:
     from veneer.merge import merge_four_bit
@@ -116,6 +122,7 @@ def _four_bit(
         seed=seed,
         untie=untie,
         allow_base_mismatch=allow,
+        story=story,
     )
     if as_json:
         say_json(asdict(report) | {"out": str(out)})

@@ -70,6 +70,13 @@ def recognise(path: Path, scratch: Path, loralib: Loralib | None) -> Source:
     return _folder(path, "adapter folder")
 
 
+def told(path: Path) -> Source:
+    """What an adapter folder says besides the adapter. For a run's `adapter/` that is what the run says."""
+    run = path.resolve().parent
+    is_inside_run = path.resolve().name == "adapter" and _exists(run / "provenance.json")
+    return recognise(run if is_inside_run else path, run, None)
+
+
 def written(adapter: Adapter, scratch: Path, kind: str = "adapter at hand") -> Source:
     """An adapter value, written down."""
     adapter.save(scratch / "adapter")

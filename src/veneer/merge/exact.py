@@ -17,18 +17,20 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from veneer.errors import Conflict, FormatError, NotFound
-from veneer.formats.checkpoint import TensorFile, open_tensors
+from veneer.formats.card import NAME as README
+from veneer.formats.card import OF_BASE
+from veneer.formats.checkpoint import TensorFile, open_tensors, read_json
 from veneer.formats.folder import replace_folder
-from veneer.merge.rounding import blocks, low_rank_rows, rounded, working_dtype
+from veneer.merge.rounding import LowRankRows, blocks, rounded, working_dtype
 from veneer.merge.store import Entry, FolderStore, Shard, raw_bytes, write_shards
 
 RECORD = "veneer_unmerge.safetensors"
@@ -41,10 +43,10 @@ LEVEL = 6
 def subtracted(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """round(value - left @ right) in value's dtype, in the same blocks as the merge used."""
     work = working_dtype(value.dtype)
-    rows = low_rank_rows(left.to(work), right.to(work))
+    update = LowRankRows(left.to(work), right.to(work))
     back = torch.empty_like(value)
     for start, stop in blocks(value):
-        back[start:stop] = rounded(value[start:stop].to(work) - rows(start, stop), value.dtype)
+        back[start:stop] = rounded(value[start:stop].to(work) - update.rows(start, stop), value.dtype)
     return back
 
 
@@ -88,39 +90,48 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
-@dataclass
-class Recorder:
-    """Collects what the way back needs while a merge runs."""
+@dataclass(frozen=True)
+class Way:
+    """The way back of one tensor: the two SHA-256, what the correction takes, and its streams with the factors."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    stored_bits: int = 0
-    weights: int = 0
+    facts: Mapping[str, str]
+    stored_bits: int
+    weights: int
+    tensors: Mapping[str, Tensor]
+
+
+class Recorder:
+    """Collects what the way back needs while a merge runs, from any thread."""
+
+    def __init__(self) -> None:
+        self.ways: dict[str, Way] = {}
 
     def add(self, name: str, original: Tensor, value: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         """One tensor: `original` became `value`, by left @ right or by something that is not low-rank."""
-        self.facts[name] = {"original": digest(original), "merged": digest(value)}
+        tensors: dict[str, Tensor] = {}
         if factors is None:
             kept = {"whole": _compressed(raw_bytes(original))}
         else:
             left, right = factors
             kept = packed(steps(original, subtracted(value, left, right)))
-            self.tensors |= {f"{name}|left": left.contiguous(), f"{name}|right": right.contiguous()}
-        self.tensors |= {f"{name}|{key}": stream for key, stream in kept.items()}
-        self.stored_bits += 8 * sum(stream.numel() for stream in kept.values())
-        self.weights += original.numel()
+            tensors = {"left": left.contiguous(), "right": right.contiguous()}
+        facts = {"original": digest(original), "merged": digest(value)}
+        bits = 8 * sum(stream.numel() for stream in kept.values())
+        self.ways[name] = Way(facts, bits, original.numel(), {**tensors, **kept})
 
     @property
     def bits_per_weight(self) -> float:
         """Size of the correction, without the factors."""
-        return self.stored_bits / max(1, self.weights)
+        return sum(w.stored_bits for w in self.ways.values()) / max(1, sum(w.weights for w in self.ways.values()))
 
     def write(self, path: Path) -> None:
-        entries = tuple(Entry(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items())
-        shard = Shard(path.name, entries, {"veneer_unmerge": json.dumps(self.facts)})
+        named = {f"{name}|{key}": t for name in sorted(self.ways) for key, t in self.ways[name].tensors.items()}
+        entries = tuple(Entry(name, t.dtype, tuple(t.shape)) for name, t in named.items())
+        facts = {name: dict(self.ways[name].facts) for name in sorted(self.ways)}
+        shard = Shard(path.name, entries, {"veneer_unmerge": json.dumps(facts)})
         with path.open("wb") as file:
             file.write(shard.header())
-            for tensor in self.tensors.values():
+            for tensor in named.values():
                 file.write(raw_bytes(tensor))
 
 
@@ -157,6 +168,10 @@ class _Merged(FolderStore):
 
     def copy_words(self, folder: Path) -> None:
         super().copy_words(folder)
+        if (folder / NOTE).exists() and read_json(folder / NOTE).get("card"):
+            (folder / README).unlink(missing_ok=True)
+            if (folder / OF_BASE).exists():
+                (folder / OF_BASE).rename(folder / README)
         (folder / NOTE).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,20 @@ from torch import Tensor
 from veneer.adapter import Adapter
 from veneer.base.identity import Verdict, compare, same_weights, sampled
 from veneer.errors import BaseMismatch, Conflict, Unsupported
+from veneer.formats.card import NAME as README
+from veneer.formats.card import OF_BASE, Story, card
 from veneer.formats.folder import replace_folder
-from veneer.merge.exact import RECORD, Recorder
+from veneer.merge.exact import NOTE, RECORD, Recorder
 from veneer.merge.plan import Edit, Places, edits
-from veneer.merge.rounding import blocks, merged, share_lost
-from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, with_extra, write_shards
+from veneer.merge.rounding import Rounded, blocks, merged, share_lost
+from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, Span, licence, store_of, with_extra, write_shards
 from veneer.models.base import Base
 
 NOTICEABLE = 0.05
 """A share of the update lost to rounding that a user should know about."""
+
+WORKERS = 2
+"""Threads that merge, one tensor each: one computes while the other writes. What a merge holds besides is two tensors."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def merge(
     stochastic: int | None = None,
     unmergeable: bool = False,
     allow_base_mismatch: str | None = None,
+    story: Story | None = None,
 ) -> MergeReport:
     """Write the base with the adapter in it to the folder `out`, as a checkpoint that transformers loads.
 
@@ -98,6 +104,7 @@ def merge(
     stochastic   seed: round at random without bias, in place of to the nearest
     unmergeable  keep a record, so that `unmerge` gets the base back bit for bit
     allow_base_mismatch  the reason for merging into another base than the adapter's; it is recorded
+    story        what the model card (README.md) is to say besides: metrics, data, licence
     """
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -106,7 +113,8 @@ def merge(
     verdict = belongs(store, adapter, allow_base_mismatch)
     changes = edits(adapter, store, untie=untie)
     job = _Job(store, changes, stochastic, Recorder() if unmergeable else None)
-    replace_folder(place, frozenset(), lambda folder: job.write(folder, adapter, verdict))
+    told = story or Story(name=place.name)
+    replace_folder(place, frozenset(), lambda folder: job.write(folder, adapter, verdict, told))
     return job.report(place, verdict)
 
 
@@ -137,8 +145,8 @@ class Merged:
         if edit is None:
             return self._store.tensor(name)
         stored = self._store.tensor(edit.source)
-        rows = edit.rows(self._store)
-        return torch.cat([(stored[i:j].float() + rows(i, j)).float() for i, j in blocks(stored)])
+        update = edit.update(self._store)
+        return torch.cat([(stored[i:j].float() + update.rows(i, j)).float() for i, j in blocks(stored)])
 
 
 class _Job:
@@ -150,22 +158,21 @@ class _Job:
         self.store, self.seed, self.recorder = store, seed, recorder
         self.edits = {edit.name: edit for edit in changes}
         self.extra = [(e.source, self._entry(e)) for e in changes if e.name not in store]
-        self.found: list[Fidelity] = []
-        self.squares = [0.0, 0.0]
-        if recorder is not None and (self.extra or not isinstance(store, FolderStore)):
+        self.results: dict[str, Rounded] = {}
+        if recorder is not None and self.extra:
             raise Unsupported(
-                "a record for unmerging needs a checkpoint folder whose tensors stay the same",
-                help="merge without it and keep the original",
+                "a head that is untied is a tensor more, and a record for unmerging keeps tensors that stay the same",
+                help="merge without --unmergeable and keep the base to go back to",
             )
 
     def _entry(self, edit: Edit) -> Entry:
         like = self.store.tensor(edit.source)
         return Entry(edit.name, like.dtype, tuple(like.shape))
 
-    def write(self, folder: Path, adapter: Adapter, verdict: Verdict) -> None:
+    def write(self, folder: Path, adapter: Adapter, verdict: Verdict, story: Story) -> None:
         self.store.copy_words(folder)
         shards: tuple[Shard, ...] = with_extra(self.store.shards(), self.extra)
-        write_shards(folder, shards, self.produce)
+        write_shards(folder, shards, self.produce, WORKERS)
         if self.extra:
             config = {**self.store.config, "tie_word_embeddings": False}
             (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
@@ -174,37 +181,55 @@ class _Job:
             "base": adapter.provenance.base,
             "base_check": asdict(verdict),
             "stochastic_seed": self.seed,
-            "lost": share_lost(*self.squares),
+            "lost": self.lost(),
+            "card": True,
         }
-        (folder / "veneer_merge.json").write_text(json.dumps(note, indent=2), "utf-8")
+        (folder / NOTE).write_text(json.dumps(note, indent=2), "utf-8")
+        facts = {"share of the update lost to rounding": f"{self.lost():.3g}", "base check": verdict.detail}
+        write_card(folder, adapter, replace(story, facts={**story.facts, **facts}), self.store)
         if self.recorder is not None:
             self.recorder.write(folder / RECORD)
 
-    def produce(self, name: str) -> Tensor:
-        """The tensor called `name` in the merged checkpoint."""
+    def produce(self, name: str) -> Tensor | Span:
+        """The tensor called `name` in the merged checkpoint. Called from several threads."""
         edit = self.edits.get(name)
         if edit is None:
-            return self.store.tensor(name)
+            return self.store.verbatim(name)
         stored = self.store.tensor(edit.source)
-        result = merged(stored, edit.rows(self.store), None if self.seed is None else stream(self.seed, name))
+        result = merged(stored, edit.update(self.store), None if self.seed is None else stream(self.seed, name))
         if self.recorder is not None:
             self.recorder.add(name, stored, result.value, edit.factors())
-        self.squares[0] += result.lost_square
-        self.squares[1] += result.delta_square
-        size = result.weight_square
-        self.found.append(
+        self.results[name] = replace(result, value=torch.empty(0))
+        return result.value
+
+    def found(self) -> tuple[Fidelity, ...]:
+        """In the order of the edits, whichever thread was first."""
+        return tuple(
             Fidelity(
                 name,
-                share_lost(result.lost_square, result.delta_square),
-                (result.delta_square / size) ** 0.5 if size > 0 else 0.0,
-                result.delta_square**0.5,
+                share_lost(made.lost_square, made.delta_square),
+                (made.delta_square / made.weight_square) ** 0.5 if made.weight_square > 0 else 0.0,
+                made.delta_square**0.5,
             )
+            for name, made in ((name, self.results[name]) for name in self.edits)
         )
-        return result.value
+
+    def lost(self) -> float:
+        """Over all tensors together."""
+        made = [self.results[name] for name in self.edits]
+        return share_lost(sum(m.lost_square for m in made), sum(m.delta_square for m in made))
 
     def report(self, out: Path, verdict: Verdict) -> MergeReport:
         bits = None if self.recorder is None else self.recorder.bits_per_weight
-        return MergeReport(out, tuple(self.found), verdict, share_lost(*self.squares), bool(self.extra), bits)
+        return MergeReport(out, self.found(), verdict, self.lost(), bool(self.extra), bits)
+
+
+def write_card(folder: Path, adapter: Adapter, story: Story, store: BaseStore | FolderStore) -> None:
+    """Put the model card into a merged folder; the base's own, where one was copied, moves aside."""
+    if (folder / README).exists():
+        (folder / README).rename(folder / OF_BASE)
+    told = story if story.base_licence else replace(story, base_licence=licence(store))
+    (folder / README).write_text(card(adapter, told, "merged", store.name), "utf-8")
 
 
 def stream(seed: int, name: str) -> torch.Generator:

@@ -26,8 +26,9 @@ from torch import Tensor
 from veneer.adapter import Adapter
 from veneer.base.identity import Verdict
 from veneer.errors import Conflict, Unsupported
+from veneer.formats.card import Story
 from veneer.formats.folder import replace_folder
-from veneer.merge.file import Merged, belongs, stream
+from veneer.merge.file import Merged, belongs, stream, write_card
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, write_shards
 from veneer.models.base import Base
 from veneer.models.families import decoder_config, layout
@@ -61,11 +62,13 @@ def merge_four_bit(
     seed: int = 0,
     untie: bool = False,
     allow_base_mismatch: str | None = None,
+    story: Story | None = None,
 ) -> FourBitReport:
     """Write base + adapter to `out` with its projections in NF4; refused where the measured gain is below 0.9.
 
     base    the *unquantised* base: both routes start from its weights (`stochastic` quantises them first)
     double  quantise the blocks' scales too (4.13 bits a weight in place of 4.5)
+    story   what the model card (README.md) is to say besides
     """
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -79,7 +82,14 @@ def merge_four_bit(
     store = store_of(whole)
     verdict = belongs(store, adapter, allow_base_mismatch)
     job = _Job(store, Merged(whole, adapter, untie=untie), route, double, seed)
-    replace_folder(place, frozenset(), job.write)
+
+    def write(folder: Path) -> None:
+        job.write(folder)
+        facts = {"format": "NF4, as bitsandbytes stores it", "route": route, "gain": f"{job.gain:.3f}"}
+        told = story or Story(name=place.name)
+        write_card(folder, adapter, replace(told, facts={**told.facts, **facts}), store)
+
+    replace_folder(place, frozenset(), write)
     return FourBitReport(place, route, job.gain, job.gains, verdict)
 
 

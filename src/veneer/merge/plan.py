@@ -21,7 +21,7 @@ from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.base.host import DenseHost, Host
 from veneer.errors import TargetError, Unsupported, VeneerError, listed
-from veneer.merge.rounding import MERGEABLE, Rows, low_rank_rows, working_dtype
+from veneer.merge.rounding import MERGEABLE, Dense, LowRankRows, Update, working_dtype
 from veneer.methods import Method, Place
 from veneer.models.families import decoder_config, layout
 from veneer.registry import did_you_mean
@@ -79,15 +79,15 @@ class Edit:
     def is_bias(self) -> bool:
         return self.name == self.bias_name
 
-    def rows(self, tensors: Tensors) -> Rows:
-        """The exact update of the stored tensor, by rows."""
+    def update(self, tensors: Tensors) -> Update:
+        """The exact update of the stored tensor."""
         stored = tensors.tensor(self.source)
         work = working_dtype(stored.dtype)
         factors = self.factors()
         if factors is not None:
-            return low_rank_rows(*(f.to(work) for f in factors))
+            return LowRankRows(*(f.to(work) for f in factors))
         value = self._value(tensors, stored)
-        return lambda start, stop: value[start:stop].to(work) - stored[start:stop].to(work)
+        return Dense(lambda start, stop: value[start:stop].to(work) - stored[start:stop].to(work))
 
     def _value(self, tensors: Tensors, stored: Tensor) -> Tensor:
         """The changed tensor in fp32, as stored."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +35,54 @@ class Rounded:
     weight_square: float
 
 
-Rows = Callable[[int, int], Tensor]
-"""(start, stop) -> rows of the exact update, in the working dtype. The result may be overwritten."""
+class Update(Protocol):
+    """The exact update of a tensor, a few rows at a time, in the working dtype."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the update. The result may be overwritten."""
+
+    def add(self, exact: Tensor, start: int, stop: int) -> float:
+        """Add the rows to `exact`, and return the sum of their squares."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Update):
+    """An update that is computed row by row: `between(start, stop)`."""
+
+    between: Callable[[int, int], Tensor]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.between(start, stop)
+
+    def add(self, exact: Tensor, start: int, stop: int) -> float:
+        update = self.between(start, stop)
+        exact += update
+        return _square(update)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankRows(Update):
+    """left @ right for left `[rows, rank]` and right `[rank, columns]`, added where it is made: no pass of its own.
+
+    Its squares come from the small matrices: ||L R||^2 = <L^T L, R R^T>.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        right = self.right.double()
+        return right @ right.t()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.left[start:stop] @ self.right
+
+    def add(self, exact: Tensor, start: int, stop: int) -> float:
+        left = self.left[start:stop]
+        exact.addmm_(left, self.right)
+        wide = left.double()
+        return float(((wide.t() @ wide) * self._gram).sum())
 
 
 def working_dtype(stored: torch.dtype) -> torch.dtype:
@@ -42,22 +90,15 @@ def working_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.float64 if stored == torch.float32 else torch.float32
 
 
-def low_rank_rows(left: Tensor, right: Tensor) -> Rows:
-    """Rows of left @ right for left `[rows, rank]` and right `[rank, columns]`."""
-    return lambda start, stop: left[start:stop] @ right
-
-
-def merged(stored: Tensor, rows: Rows, generator: torch.Generator | None = None) -> Rounded:
+def merged(stored: Tensor, update: Update, generator: torch.Generator | None = None) -> Rounded:
     """round(stored + update) for a matrix or vector; with a generator the rounding is stochastic."""
     work = working_dtype(stored.dtype)
     value = torch.empty_like(stored, memory_format=torch.contiguous_format)
     lost = delta = weight = 0.0
     for start, stop in blocks(stored):
-        update = rows(start, stop)
         exact = stored[start:stop].to(work)
         weight += _square(exact)
-        delta += _square(update)
-        exact += update
+        delta += update.add(exact, start, stop)
         value[start:stop] = rounded(exact, stored.dtype, generator)
         lost += _square(exact.sub_(value[start:stop]))
     return Rounded(value, lost, delta, weight)

@@ -7,29 +7,36 @@ gives them, with config.json and the tokenizer's files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
 import struct
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from veneer.errors import NotFound, Unsupported
+from veneer.errors import FormatError, NotFound, Unsupported
+from veneer.formats.card import licence_in
 from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, open_checkpoint, plain_file, read_json
 from veneer.models.base import Base
+from veneer.models.catalog import CATALOG
 from veneer.models.checkpoint import RENAMED, shapes
 from veneer.models.tokenizer_import import TOKENIZER_FILES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
+PIECE = 1 << 18
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -44,6 +51,15 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes `[start, stop)` of a file: a tensor that is copied as it is."""
+
+    path: Path
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,10 @@ class Store(ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensor(name).shape)
 
+    def verbatim(self, name: str) -> Tensor | Span:
+        """The same, to be written as it is."""
+        return self.tensor(name)
+
     @abstractmethod
     def shards(self) -> tuple[Shard, ...]: ...
 
@@ -118,6 +138,10 @@ class FolderStore(Store):
 
     def tensor(self, name: str) -> Tensor:
         return self._checkpoint.tensor(name)
+
+    def verbatim(self, name: str) -> Span:
+        file = self._checkpoint.file(name)
+        return Span(file.path, file.tensors[name].start, file.tensors[name].stop)
 
     def shards(self) -> tuple[Shard, ...]:
         return tuple(_shard(file) for file in self._checkpoint.files)
@@ -223,13 +247,30 @@ def with_extra(shards: Sequence[Shard], extra: Sequence[tuple[str, Entry]]) -> t
     return tuple(found)
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], produce: Callable[[str], Tensor]) -> None:
-    """Write every file, holding one tensor at a time, and the index where there are several."""
-    for shard in shards:
-        with (folder / shard.file).open("wb") as file:
-            file.write(shard.header())
-            for entry in shard.entries:
-                file.write(raw_bytes(produce(entry.name)))
+Job: TypeAlias = tuple[int, int, str, "Callable[[str], Tensor | Span]"]
+"""A file's handle, where the tensor begins in it, its name, and what produces it."""
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], produce: Callable[[str], Tensor | Span], workers: int = 1
+) -> None:
+    """Write every file, and the index where there are several. Each worker holds one tensor at a time.
+
+    produce  the tensor of a name, or where its bytes are. With several workers it is called from their threads, in any order
+    workers  threads; they share the cores, so one computes while another writes
+    """
+    threads = torch.get_num_threads()
+    workers = min(workers, threads)
+    try:
+        for shard in shards:
+            head = shard.header()
+            starts = itertools.accumulate((entry.nbytes for entry in shard.entries), initial=len(head))
+            with (folder / shard.file).open("wb", buffering=0) as file:
+                file.write(head)
+                named = zip(starts, shard.entries, strict=False)
+                _write_all([(file.fileno(), start, entry.name, produce) for start, entry in named], workers, threads)
+    finally:
+        torch.set_num_threads(threads)  # the matrix library has one setting for all threads
     if len(shards) > 1 or shards[0].file != SINGLE:
         entries = [(shard.file, entry) for shard in shards for entry in shard.entries]
         index = {
@@ -237,6 +278,47 @@ def write_shards(folder: Path, shards: Sequence[Shard], produce: Callable[[str],
             "weight_map": {entry.name: file for file, entry in sorted(entries, key=lambda pair: pair[1].name)},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def _write_all(jobs: Sequence[Job], workers: int, threads: int) -> None:
+    """Do every job, or stop at the first that fails."""
+    if workers == 1:
+        for job in jobs:
+            _write_entry(*job)
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        running = [pool.submit(_write_entry, *job) for job in jobs]
+        try:
+            for future in running:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_entry(handle: int, start: int, name: str, produce: Callable[[str], Tensor | Span]) -> None:
+    made = produce(name)
+    stop = _copy_span(handle, start, made) if isinstance(made, Span) else _put(handle, start, raw_bytes(made))
+    if sys.platform == "linux":  # begin to write to the disk, and wait for nothing
+        os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def _put(handle: int, start: int, content: memoryview) -> int:
+    while len(content):
+        done = os.pwrite(handle, content, start)
+        start, content = start + done, content[done:]
+    return start
+
+
+def _copy_span(handle: int, start: int, span: Span) -> int:
+    """Copy bytes from file to file through a small buffer: reading a mapping costs a page fault for every few pages."""
+    with span.path.open("rb", buffering=0) as source:
+        source.seek(span.start)
+        for at in range(span.start, span.stop, PIECE):
+            content = source.read(min(PIECE, span.stop - at))
+            if not content:
+                raise FormatError(f"{span.path} was cut short while it was read", help="fetch it again")
+            start = _put(handle, start, memoryview(content))
+    return start
 
 
 def write_checkpoint(base: Base, folder: Path) -> None:
@@ -265,6 +347,14 @@ def store_of(base: Base | str | Path) -> BaseStore | FolderStore:
     if place.is_dir():
         return FolderStore(place)
     return BaseStore(load_base(base))
+
+
+def licence(store: BaseStore | FolderStore) -> tuple[str, str] | None:
+    """The base's licence and who states it: veneer's catalogue, or the card in the base's own folder."""
+    if isinstance(store, FolderStore):
+        return licence_in(store.path)
+    entry = CATALOG.get(store.base.name)
+    return licence_in(store.base.folder) if entry is None else (entry.licence, "veneer's catalogue")
 
 
 def _source_folder(base: Base) -> Path | None:
