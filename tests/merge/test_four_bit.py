@@ -14,11 +14,12 @@ from veneer.adapter import Adapter
 from veneer.errors import Unsupported
 from veneer.inject import create
 from veneer.merge import merge, merge_four_bit
-from veneer.merge.four_bit import stochastic
+from veneer.merge.four_bit import TABLES, Levels, stochastic
 from veneer.methods.lora import LoRA
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.ops import nf4
+from veneer.ops import four_bit, nf4
+from veneer.ops.four_bit import Table
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 97}
 
@@ -47,15 +48,16 @@ def test_the_usual_route_loses_the_update_and_ours_keep_it(tmp_path: Path) -> No
     assert set(original.gains) == {f"{t}.weight" for t in adapter.targets}
 
 
-def test_stochastic_rounding_on_the_grid_keeps_the_mean() -> None:
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_stochastic_rounding_on_the_grid_keeps_the_mean(table: Table) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 64, generator=g)
-    draws = [stochastic(weight, g, double=False).dequantise(torch.empty(4, 64)) for _ in range(400)]
+    draws = [stochastic(weight, table, g, double=False).dequantise(torch.empty(4, 64)) for _ in range(400)]
     stack = torch.stack(draws)
     off = (stack.mean(0) - weight).abs() / (stack.std(0) / 20 + 1e-6)
     assert float((off < 4).double().mean()) > 0.99
     on_grid = draws[0]
-    torch.testing.assert_close(stochastic(on_grid, g, double=False).dequantise(torch.empty(4, 64)), on_grid)
+    torch.testing.assert_close(stochastic(on_grid, table, g, double=False).dequantise(torch.empty(4, 64)), on_grid)
 
 
 def test_a_gain_below_the_limit_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,13 +83,13 @@ def test_a_quantised_base_merges_to_the_function_that_was_trained(tmp_path: Path
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("double", [True, False])
-def test_bitsandbytes_reads_the_same_weights(tmp_path: Path, double: bool) -> None:
+@pytest.mark.parametrize(("levels", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)])
+def test_bitsandbytes_reads_the_same_weights(tmp_path: Path, levels: Levels, double: bool) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
     base, adapter = pair(tmp_path, 0.05)
-    merge_four_bit(base, adapter, tmp_path / "out", double=double)
+    merge_four_bit(base, adapter, tmp_path / "out", levels=levels, double=double)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["load_in_4bit"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for target in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
@@ -95,5 +97,7 @@ def test_bitsandbytes_reads_the_same_weights(tmp_path: Path, double: bool) -> No
         assert isinstance(layer, bitsandbytes.nn.Linear4bit)
         theirs = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
         exact = base.host(target).weight() + adapter.delta(target)
-        ours = nf4.quantise(exact, double=double).dequantise(torch.empty(exact.shape))
-        torch.testing.assert_close(theirs.view(exact.shape), ours, rtol=1e-5, atol=1e-6)
+        ours = four_bit.quantise(exact, TABLES[levels], double=double).dequantise(torch.empty(exact.shape))
+        # Their kernel for fp4 on the CPU has a table of four digits.
+        rtol, atol = (1e-5, 1e-6) if levels == "nf4" else (2e-3, 1e-5)
+        torch.testing.assert_close(theirs.view(exact.shape), ours, rtol=rtol, atol=atol)

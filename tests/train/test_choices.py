@@ -19,7 +19,7 @@ from veneer.models.load import load_base
 from veneer.train import Step, train
 from veneer.train.optimizers import load_all as load_optimizers
 
-RATES = {"sgd": 0.3, "riemannian_sgd": 0.1, "lora_pro": 0.03}
+RATES = {"lora_rite": 2e-3, "sgd": 0.3, "riemannian_sgd": 0.1, "lora_pro": 0.03}
 IDS = [[5, 17, 40, 3, 9]]
 
 
@@ -44,7 +44,7 @@ def trained(base: Base, folder: Path, out: Path, **settings: Any) -> tuple[Adapt
             losses.append(event.loss)
 
     rows = folder / "rows.jsonl"
-    settings = {"method": LoRA(rank=4, alpha=8), "epochs": 6, "lr": 5e-3, "schedule": "constant"} | settings
+    settings = {"method": LoRA(rank=4, alpha=8), "epochs": 4, "lr": 5e-3, "schedule": "constant"} | settings
     return train(base, rows, out=out, on_event=note, **settings), losses
 
 

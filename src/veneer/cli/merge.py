@@ -46,7 +46,7 @@ def command(
         bool, typer.Option("--unmergeable", help="Keep a record for a way back that is exact to the bit.")
     ] = False,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", help="Write the projections in 4 bits: nf4 or nf4-dq.")
+        str | None, typer.Option("--quantize", help="Write the projections in 4 bits: nf4, nf4-dq, fp4, fp4-dq.")
     ] = None,
     route: Annotated[
         str, typer.Option("--route", help="To 4 bits: from the original weights, or stochastic on the 4-bit grid.")
@@ -108,17 +108,20 @@ def _four_bit(
 ) -> None:
     from veneer.merge import merge_four_bit
 
-    if quantize not in ("nf4", "nf4-dq"):
-        raise ConfigError(f"--quantize '{quantize}' is not known", help="nf4 or nf4-dq (scales quantised too)")
+    levels, dash, double = quantize.partition("-")
+    if levels not in ("nf4", "fp4") or (dash and double != "dq"):
+        raise ConfigError(
+            f"--quantize '{quantize}' is not known", help="nf4 or fp4, nf4-dq or fp4-dq (scales quantised too)"
+        )
     if route not in ("original", "stochastic"):
         raise ConfigError(f"--route '{route}' is not known", help="original or stochastic")
-    double = quantize == "nf4-dq"
     report = merge_four_bit(
         base,
         adapter,
         out,
         route="original" if route == "original" else "stochastic",
-        double=double,
+        levels="nf4" if levels == "nf4" else "fp4",
+        double=bool(double),
         seed=seed,
         untie=untie,
         allow_base_mismatch=allow,

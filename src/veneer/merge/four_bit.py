@@ -1,7 +1,7 @@
-"""Merging into a 4-bit checkpoint (NF4, arXiv 2305.14314), without losing the adapter on the grid.
+"""Merging into a 4-bit checkpoint (NF4 or FP4, arXiv 2305.14314), without losing the adapter on the grid.
 
-    original     NF4(W + dW), from the unquantised weights W
-    stochastic   each value of deq(NF4(W)) + dW goes to one of its two neighbouring levels with probabilities that keep the mean
+    original     q(W + dW), from the unquantised weights W
+    stochastic   each value of deq(q(W)) + dW goes to one of its two neighbouring levels with probabilities that keep the mean
     gain         <realised change, dW> / ||dW||^2; 1 keeps the update, 0 has lost it
 
 Dequantised weights stand exactly on grid points, so merging a small update into them and rounding to the nearest again rounds all
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter
+from veneer.base.formats import fp4
 from veneer.base.identity import Verdict
 from veneer.errors import Conflict, Unsupported
 from veneer.formats.card import Story
@@ -33,9 +34,13 @@ from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, w
 from veneer.models.base import Base
 from veneer.models.families import decoder_config, layout
 from veneer.ops import four_bit, nf4
-from veneer.ops.four_bit import FourBit
+from veneer.ops.four_bit import FourBit, Table
 
 Route: TypeAlias = Literal["original", "stochastic"]
+Levels: TypeAlias = Literal["nf4", "fp4"]
+TABLES: Mapping[Levels, Table] = {"nf4": nf4.TABLE, "fp4": fp4.TABLE}
+"""What bitsandbytes reads."""
+
 ENOUGH = 0.9
 STATE_BYTES = 256
 """The quantisation state is JSON in a tensor; padded with spaces, so that the header is known before the values."""
@@ -58,15 +63,17 @@ def merge_four_bit(
     out: str | os.PathLike[str],
     *,
     route: Route = "original",
+    levels: Levels = "nf4",
     double: bool = True,
     seed: int = 0,
     untie: bool = False,
     allow_base_mismatch: str | None = None,
     story: Story | None = None,
 ) -> FourBitReport:
-    """Write base + adapter to `out` with its projections in NF4; refused where the measured gain is below 0.9.
+    """Write base + adapter to `out` with its projections in 4 bits; refused where the measured gain is below 0.9.
 
     base    the *unquantised* base: both routes start from its weights (`stochastic` quantises them first)
+    levels  the 16 levels: NF4's, or bitsandbytes' floats of 4 bits
     double  quantise the blocks' scales too (4.13 bits a weight in place of 4.5)
     story   what the model card (README.md) is to say besides
     """
@@ -81,11 +88,11 @@ def merge_four_bit(
     whole = base if isinstance(base, Base) else str(base)
     store = store_of(whole)
     verdict = belongs(store, adapter, allow_base_mismatch)
-    job = _Job(store, Merged(whole, adapter, untie=untie), route, double, seed)
+    job = _Job(store, Merged(whole, adapter, untie=untie), route, levels, double, seed)
 
     def write(folder: Path) -> None:
         job.write(folder)
-        facts = {"format": "NF4, as bitsandbytes stores it", "route": route, "gain": f"{job.gain:.3f}"}
+        facts = {"format": f"{levels.upper()}, as bitsandbytes stores it", "route": route, "gain": f"{job.gain:.3f}"}
         told = story or Story(name=place.name)
         write_card(folder, adapter, replace(told, facts={**told.facts, **facts}), store)
 
@@ -94,8 +101,11 @@ def merge_four_bit(
 
 
 class _Job:
-    def __init__(self, store: BaseStore | FolderStore, merged: Merged, route: Route, double: bool, seed: int) -> None:
+    def __init__(
+        self, store: BaseStore | FolderStore, merged: Merged, route: Route, levels: Levels, double: bool, seed: int
+    ) -> None:
         self.store, self.merged, self.route, self.double, self.seed = store, merged, route, double, seed
+        self.levels: Levels = levels
         config = decoder_config(dict(store.config))
         groups = [g for g in layout(config).groups if g.name != "head" and g.kind == "linear"]
         if not groups:
@@ -129,7 +139,7 @@ class _Job:
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_type": self.levels,
             "bnb_4bit_use_double_quant": self.double,
             "bnb_4bit_compute_dtype": compute,
             "bnb_4bit_quant_storage": "uint8",
@@ -160,7 +170,7 @@ class _Job:
         if self.double:
             made.append(Entry(f"{name}.nested_absmax", torch.float32, (-(-blocks // four_bit.SCALE_BLOCK),)))
             made.append(Entry(f"{name}.nested_quant_map", torch.float32, (256,)))
-        return [*made, Entry(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (STATE_BYTES,))]
+        return [*made, Entry(f"{name}.quant_state.bitsandbytes__{self.levels}", torch.uint8, (STATE_BYTES,))]
 
     def _produce(self, name: str) -> Tensor:
         weight = next((w for w in (name, name.rpartition(".")[0], name.rsplit(".", 2)[0]) if w in self.chosen), None)
@@ -171,43 +181,43 @@ class _Job:
         return self._now[1][name]
 
     def _quantised(self, name: str) -> dict[str, Tensor]:
-        original = self.store.tensor(name)
+        original, table = self.store.tensor(name), TABLES[self.levels]
         sum_, before = self.merged.tensor(name).float(), original.float()
         if self.route == "original":
-            stored = nf4.quantise(sum_, double=self.double)
+            stored = four_bit.quantise(sum_, table, double=self.double)
         else:
-            held = nf4.quantise(original, double=self.double)
+            held = four_bit.quantise(original, table, double=self.double)
             delta, before = sum_ - before, held.dequantise(torch.empty(held.shape))
             sum_ = before + delta
-            stored = stochastic(sum_, stream(self.seed, name), double=self.double)
+            stored = stochastic(sum_, table, stream(self.seed, name), double=self.double)
         realised = stored.dequantise(torch.empty(stored.shape)) - before
         delta = sum_ - before
         self.dots[name] = (
             float((realised * delta).sum(dtype=torch.float64)),
             float(delta.square().sum(dtype=torch.float64)),
         )
-        return _tensors(name, stored, str(original.dtype).removeprefix("torch."))
+        return _tensors(name, stored, self.levels, str(original.dtype).removeprefix("torch."))
 
 
-def stochastic(weight: Tensor, generator: torch.Generator, *, double: bool) -> FourBit:
-    """NF4 whose expected value is `weight`, within each block's range. With `double` the scales are rounded first."""
-    nearest = nf4.quantise(weight, double=double)
+def stochastic(weight: Tensor, table: Table, generator: torch.Generator, *, double: bool) -> FourBit:
+    """Codes whose expected value is `weight`, within each block's range. With `double` the scales are rounded first."""
+    nearest = four_bit.quantise(weight, table, double=double)
     flat = weight.reshape(-1).float()
     scale = nearest.scales().repeat_interleave(nearest.block)[: flat.numel()]
     value = (flat / scale.clamp_min(four_bit.TINY)).clamp(-1, 1)
-    levels = nearest.table.values
+    levels = table.values[table.codes]
     low = (torch.bucketize(value, levels, right=True) - 1).clamp(0, len(levels) - 2)
     share = (value - levels[low]) / (levels[low + 1] - levels[low])
-    codes = low + (torch.rand(flat.shape, generator=generator) < share)
+    codes = table.codes[low + (torch.rand(flat.shape, generator=generator) < share)]
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     packed = ((codes[::2] << 4) | codes[1::2]).to(torch.uint8)
     return replace(nearest, packed=packed)
 
 
-def _tensors(name: str, stored: FourBit, dtype: str) -> dict[str, Tensor]:
+def _tensors(name: str, stored: FourBit, levels: Levels, dtype: str) -> dict[str, Tensor]:
     """The tensors of one weight, as bitsandbytes names them."""
     state: dict[str, object] = {
-        "quant_type": "nf4",
+        "quant_type": levels,
         "blocksize": stored.block,
         "dtype": dtype,
         "shape": list(stored.shape),
@@ -228,5 +238,5 @@ def _tensors(name: str, stored: FourBit, dtype: str) -> dict[str, Tensor]:
             f"{name}.nested_quant_map": four_bit.dynamic_code(),
         }
     text = json.dumps(state).encode().ljust(STATE_BYTES)
-    found[f"{name}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    found[f"{name}.quant_state.bitsandbytes__{levels}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return found

@@ -151,4 +151,5 @@ def _clip(work: Sequence[_Work]) -> Tensor:
     """The factor that brings all unmagnified gradients together to norm `LARGEST`, at most 1."""
     unmagnified = [u for w in work for u in (w.grad_b @ w.r_a, w.grad_a @ w.r_b)]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(u) for u in unmagnified]))
-    return (LARGEST / norm).clamp_max(1.0)
+    factor: Tensor = (LARGEST / norm).clamp_max(1.0)
+    return factor
