@@ -171,6 +171,8 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "--format", "vllm", "--adapter", a, "--out", str(place / "vllm")]) == 0
     assert "--max-lora-rank 8" in capsys.readouterr().out
     assert run(["export", "--for", "vllm", "--adapter", a]) == 0
+    assert run(["export", "--for", "sglang", "--adapter", a]) == 0
+    assert run(["export", "--for", "tgi", "--adapter", a]) == 2
     assert run(["export", "--format", "ollama", "--base", base, "--adapter", a, "--out", str(place / "o")]) == 1
     assert "no tokenizer" in capsys.readouterr().err
     assert not (place / "o").exists()

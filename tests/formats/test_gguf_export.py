@@ -225,7 +225,9 @@ def test_vllm_gets_one_rank_and_one_scale(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (9, 9, {}, {})
     vera = trained(base, methods.parse({"kind": "ia3"}))
-    assert "IA3" in limits(vera)[0]
+    assert "IA3" in limits(vera)[0] and "IA3" in limits(vera, "sglang")[0]
+    large = adapter.map_tensors(lambda t: t.repeat(*((200, 1) if t.shape[0] in (4, 9) else (1, 200))))
+    assert any("--max-lora-rank" in line for line in limits(large)) and limits(large, "sglang") == []
     norm = Part("full", "override", "model.norm", {"weight": torch.ones(48)})
     with pytest.raises(Unsupported, match="modules_to_save"):
         servable(Adapter(adapter.spec, (*adapter.parts, norm)))

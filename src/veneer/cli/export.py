@@ -7,8 +7,8 @@
     veneer export --for vllm --adapter runs/tickets/adapter
 
 gguf merges the adapter into the model in fp32 and rounds once. gguf-adapter keeps it apart, for llama.cpp's --lora. vllm writes
-a PEFT folder with one rank and every scale folded in; --for vllm only says whether that would work. A model card with what is
-known of base, data, figures, lineage and licence goes with every export: README.md in a folder, NAME.README.md beside a file.
+a PEFT folder with one rank and every scale folded in, which SGLang reads too; --for only says whether that would work. A model
+card with what is known of base, data, figures, lineage and licence goes along: README.md in a folder, NAME.README.md by a file.
 """
 
 from __future__ import annotations
@@ -59,12 +59,10 @@ class Order:
     def write_card(self, place: Path, form: Form, base: Base | None = None, **facts: str) -> None:
         """The model card of what was written, where there is an adapter to tell of."""
         from veneer.formats.card import card
-        from veneer.merge.store import licence, store_of
 
         if self.adapter is None:
             return
-        licenced = None if base is None else licence(store_of(base))
-        told = replace(self.story, base_licence=licenced, facts={**self.story.facts, **facts})
+        told = replace(self.story, facts={**self.story.facts, **facts})
         place.write_text(card(self.adapter, told, form, None if base is None else base.name), "utf-8")
 
 
@@ -81,7 +79,9 @@ def command(
     apart: Annotated[bool, typer.Option("--apart", help="ollama: keep the adapter in a file of its own.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied head a tensor of its own.")] = False,
     licence: Licence = None,
-    target: Annotated[str | None, typer.Option("--for", help="Only say what this tool (vllm) could not carry.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", help="Only say what this tool (vllm, sglang) could not carry.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     found = None if adapter is None else next(iter(load_adapters([adapter]).values()))
@@ -98,7 +98,7 @@ def command(
         raise Conflict(f"{out} is already there", help="choose a new name, or remove it")
     if not out.is_dir() and card_beside(out).exists():
         raise Conflict(f"{card_beside(out)} is already there", help="the model card goes there; choose a new name")
-    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie, _story(adapter, licence)))
+    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie, _story(adapter, licence, base)))
     files = sorted(out.iterdir() if out.is_dir() else [p for p in (out, card_beside(out)) if p.exists()])
     written = {str(p): p.stat().st_size for p in files}
     if as_json:
@@ -110,10 +110,10 @@ def command(
         say(str(line))
 
 
-def _story(adapter: str | None, licence: str | None) -> Story:
+def _story(adapter: str | None, licence: str | None, base: str | None) -> Story:
     from veneer.formats.card import Story
 
-    return Story(licence=licence) if adapter is None else story_of(adapter, licence)
+    return Story(licence=licence) if adapter is None else story_of(adapter, licence, base)
 
 
 def card_beside(file: Path) -> Path:
@@ -124,11 +124,11 @@ def card_beside(file: Path) -> Path:
 def _check(target: str, adapter: Adapter | None, as_json: bool) -> None:
     from veneer.formats.vllm import limits
 
-    if target != "vllm":
-        raise ConfigError(f"--for '{target}' is not known", help="known: vllm")
+    if target not in ("vllm", "sglang"):
+        raise ConfigError(f"--for '{target}' is not known", help="known: vllm, sglang")
     if adapter is None:
         raise ConfigError("--adapter is missing: which one should be served?")
-    problems = limits(adapter)
+    problems = limits(adapter, "vllm" if target == "vllm" else "sglang")
     if as_json:
         say_json({"for": target, "problems": problems})
     else:

@@ -70,7 +70,7 @@ def command(
         return
     if base is None or adapter is None:
         raise ConfigError("merge needs --base and --adapter", help="or --undo DIR to take a merged folder apart")
-    found, story = next(iter(load_adapters([adapter]).values())), story_of(adapter, licence)
+    found, story = next(iter(load_adapters([adapter]).values())), story_of(adapter, licence, base)
     if quantize is not None:
         if unmergeable:
             raise ConfigError("--unmergeable and --quantize exclude each other", help="keep the base to go back to")

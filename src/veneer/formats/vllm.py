@@ -7,6 +7,8 @@ computes the same update. The surprise: zeros in A and B change nothing, so padd
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 
 from veneer import methods
@@ -15,12 +17,13 @@ from veneer.errors import NeedsBase, Unsupported, listed
 from veneer.methods.lora import LoRA
 from veneer.types import HostShape, LowRank
 
+Tool: TypeAlias = Literal["vllm", "sglang"]
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` takes."""
 
 
-def limits(adapter: Adapter) -> list[str]:
-    """What can't be carried, one line each; empty where everything can."""
+def limits(adapter: Adapter, tool: Tool = "vllm") -> list[str]:
+    """What can't be carried, one line each; empty where everything can. SGLang takes any rank, vLLM one of a list's."""
     problems = []
     for part in adapter.parts:
         place = part.target or "the whole model"
@@ -35,7 +38,7 @@ def limits(adapter: Adapter) -> list[str]:
                 f"{part.kind} at {place}: not a plain low-rank update (DoRA, IA3 and biases are not loaded)"
             )
     ranks = [a.shape[0] for p in adapter.parts if p.target and (pair := _product(adapter, p)) for a in pair[:1]]
-    if ranks and max(ranks) > MAX_RANKS[-1]:
+    if tool == "vllm" and ranks and max(ranks) > MAX_RANKS[-1]:
         problems.append(f"rank {max(ranks)} is above {MAX_RANKS[-1]}, the largest --max-lora-rank")
     return problems
 

@@ -29,7 +29,7 @@ from veneer.errors import FormatError, NotFound, Unsupported
 from veneer.formats.card import licence_in
 from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, open_checkpoint, plain_file, read_json
 from veneer.models.base import Base
-from veneer.models.catalog import CATALOG
+from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
 from veneer.models.tokenizer_import import TOKENIZER_FILES
 
@@ -350,20 +350,33 @@ def store_of(base: Base | str | Path) -> BaseStore | FolderStore:
 
 
 def licence(store: BaseStore | FolderStore) -> tuple[str, str] | None:
-    """The base's licence and who states it: veneer's catalogue, or the card in the base's own folder."""
-    if isinstance(store, FolderStore):
-        return licence_in(store.path)
-    entry = CATALOG.get(store.base.name)
-    return licence_in(store.base.folder) if entry is None else (entry.licence, "veneer's catalogue")
+    """The base's licence and who states it: veneer's catalogue, or the card in the folder that the base came from."""
+    return licence_at(store.path if isinstance(store, FolderStore) else _source(store.base))
+
+
+def licence_at(place: Path | None) -> tuple[str, str] | None:
+    """The same for the file or folder of a base."""
+    if place is None or place.is_dir():
+        return licence_in(place)
+    named = next((name for name in CATALOG if is_installed(name) and find(name) == place), None)
+    return None if named is None else (CATALOG[named].licence, "veneer's catalogue")
+
+
+def _source(base: Base) -> Path | None:
+    """The file or folder that `base` was converted from, where that is known."""
+    if base.folder is None or not (base.folder / "base.json").is_file():
+        return None
+    told = read_json(base.folder / "base.json").get("source")
+    return Path(told) if told else None
 
 
 def _source_folder(base: Base) -> Path | None:
     """The checkpoint folder that `base` was converted from, where it is still there, the same, and what `base` computes with."""
-    if base.quantize is not None or base.folder is None or not (base.folder / "base.json").is_file():
+    source = _source(base)
+    if base.quantize is not None or base.folder is None or source is None:
+        return None
+    if not (source / "config.json").is_file() or not list(source.glob("*.safetensors")):
         return None
     from veneer.models.convert import converted
 
-    source = Path(read_json(base.folder / "base.json").get("source", ""))
-    if not (source / "config.json").is_file() or not list(source.glob("*.safetensors")):
-        return None
     return source if converted(source, base.dtype).folder == base.folder else None
