@@ -190,6 +190,6 @@ def _benchmarks() -> dict[str, str]:
     """Name -> the first line of its script."""
     known = {METHODS: "Methods compared on one task: loss, forgetting, size, time and memory. About an hour."}
     if (FOLDER / "run.py").is_file():
-        scripts = (p for p in sorted(FOLDER.glob("*.py")) if p.stem != "run" and not p.stem.endswith("_veneer"))
+        scripts = (p for p in sorted(FOLDER.glob("[!_]*.py")) if p.stem != "run" and not p.stem.endswith("_veneer"))
         known |= {p.stem: p.read_text().splitlines()[0].strip('"') for p in scripts}
     return known

@@ -129,8 +129,10 @@ def _spawn(cell: Cell, place: Path, watch: Watch) -> None:
         given, said = Path(scratch) / "cell.json", Path(scratch) / "stderr"
         write_json(given, cell.as_dict())
         command = [sys.executable, "-m", "veneer.lab.cell", str(given), str(place)]
-        with said.open("wb") as errors:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        with (
+            said.open("wb") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        ):
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
@@ -141,7 +143,6 @@ def _spawn(cell: Cell, place: Path, watch: Watch) -> None:
                 code = child.wait()
             finally:
                 child.kill()
-                child.wait()
         if code != 0:
             lines = said.read_text("utf-8", "replace").strip().splitlines()
             raise TrainingError(

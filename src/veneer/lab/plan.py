@@ -46,14 +46,14 @@ DEFAULTS: Mapping[str, Any] = {
         "ia3": {"method": {"kind": "ia3"}, "rates": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]},
         "prefix": {
             "method": {"kind": "prefix", "num_tokens": 20, "encoder": 0, "init": "text", "init_text": PREFIX_TEXT},
-            "rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+            "rates": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
         },
         "bottleneck": {
             "method": {"kind": "bottleneck", "style": "pfeiffer", "size": 64},
             "rates": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
         },
         "vera": {"method": {"kind": "vera", "rank": 256}, "rates": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]},
-        "full": {"method": {"kind": "full", "layers": "last:4"}, "rates": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]},
+        "full": {"method": {"kind": "full", "layers": "last:4"}, "rates": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]},
     },
     "train": {"tokens_per_step": 512, "max_length": 512, "on_too_long": "truncate"},
 }
