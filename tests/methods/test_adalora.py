@@ -12,7 +12,7 @@ from tests import tinylm
 from tests.formats.tiny import llama
 from tests.laws.world import fresh, method, stirred, world
 from veneer.adapter import Adapter
-from veneer.errors import Unsupported
+from veneer.errors import ConfigError, Unsupported
 from veneer.formats.vllm import servable
 from veneer.inject import attach
 from veneer.methods import folded, lower, parse
@@ -44,6 +44,11 @@ def test_the_budget_falls_on_a_cubic_curve() -> None:
 def test_a_schedule_that_cannot_be_says_so(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         AdaLoRA(**fields)
+
+
+def test_a_run_too_short_for_its_budget_says_so() -> None:
+    with pytest.raises(ConfigError, match="a run of 2 steps leaves AdaLoRA's budget none to fall in"):
+        AdaLoRA().regime(2)
 
 
 @pytest.mark.parity

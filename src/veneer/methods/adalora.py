@@ -24,6 +24,7 @@ from torch import Tensor
 
 from veneer.adapter import Adapter, Part
 from veneer.base.host import Host
+from veneer.errors import ConfigError
 from veneer.methods._abstract import Method, PeftForm, Regime
 from veneer.methods._lowrank import Names, low_rank_output
 from veneer.types import Factors, HostShape, LowRank, Primitive, Site
@@ -177,6 +178,12 @@ class Budget(Regime):
         self._spec = spec
         self.first, self.last = round(spec.hold_first * total), total - round(spec.hold_last * total)
         self._state: dict[str, Tensor] = {}
+        if self.last - self.first < 2:
+            raise ConfigError(
+                f"a run of {total} steps leaves AdaLoRA's budget none to fall in: it is held for the first {self.first} and "
+                f"from step {self.last} on",
+                help="train for more steps, hold it for fewer (hold_first, hold_last), or use lora",
+            )
 
     @property
     def state(self) -> dict[str, Tensor]:
