@@ -81,6 +81,18 @@ def test_quantising_twice_changes_nothing_without_dq(name: str) -> None:
     assert torch.equal(back(four_bit.quantise(once, TABLES[name])), once)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_goes_to_its_nearest_level(name: str) -> None:
+    """The definition in fp64: of all 16 levels times the block's scale, the nearest."""
+    w, table = gaussian(), TABLES[name]
+    blocks = w.double().view(-1, 64)
+    top = blocks.abs().argmax(1, keepdim=True)
+    scale = blocks.gather(1, top) if table.signed else blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks[:, :, None] - scale[:, :, None] * table.values.double()).abs().amin(2)
+    found = back(four_bit.quantise(w, table)).double().view(-1, 64)
+    torch.testing.assert_close((found - blocks).abs(), nearest, rtol=1e-4, atol=1e-6)
+
+
 def test_fp4_levels_and_codes() -> None:
     """Science 5.5: 0, 0.00520833, 2/3, 1, 1/3, 1/2, 1/6, 1/4 by code, the sign in bit 8; zero is written as code 0."""
     w = torch.tensor([[1.0, 2 / 3, -0.5, 1 / 3, -0.25, 1 / 6, 0.00520833, 0.0, -1.0, -0.0]])

@@ -11,7 +11,7 @@ This is the form with moments of the factors' size. The paper's Adam keeps them 
 fine-tuning; that form is not offered.
 
 The surprise: nothing is divided by the gradient's size, so the learning rate is one of plain descent on full weights, some
-hundred to some thousand times AdamW's.
+hundred times AdamW's.
 """
 
 from __future__ import annotations
