@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer.errors import FormatError, NotFound
-from veneer.formats.checkpoint import open_checkpoint
+from veneer.formats.checkpoint import open_checkpoint, open_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -48,6 +48,27 @@ def test_a_write_to_a_view_never_reaches_the_file(tmp_path: Path) -> None:
     open_checkpoint(tmp_path).tensor("a").zero_()
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert open_checkpoint(tmp_path / "model.safetensors").tensor("a").sum() == 3
+
+
+def test_one_sum_for_each_run_of_a_dtype(tmp_path: Path) -> None:
+    """A finite sum proves every value; an infinite one proves nothing; single bytes have no sum."""
+    nan, file = float("nan"), tmp_path / "model.safetensors"
+    whole = {
+        "a": torch.ones(3),
+        "b": torch.ones(4, dtype=torch.bfloat16),
+        "c": torch.tensor([1, 2]),
+        "d": torch.ones(5),
+    }
+    cases: list[tuple[dict[str, torch.Tensor], bool]] = [
+        (whole, True),
+        ({"none": torch.zeros(0)}, True),
+        ({"overflows": torch.full((9,), 6e4, dtype=torch.float16)}, False),
+        ({"bytes": torch.ones(3).to(torch.float8_e4m3fn)}, False),
+        *(({**whole, name: torch.full_like(whole[name], nan)}, False) for name in "abd"),
+    ]
+    for tensors, finite in cases:
+        save_file(tensors, file)
+        assert open_tensors(file).sums_are_finite() == finite, list(tensors)
 
 
 def test_everything_wrong_with_an_index_is_said_at_once(tmp_path: Path) -> None:

@@ -131,8 +131,20 @@ def test_metrics_come_from_an_evaluation(veneer: Shell, tmp_path: Path) -> None:
     veneer("record tickets --metrics bad.json", code=2)
 
 
+def test_a_versions_card_knows_what_the_library_knows(veneer: Shell) -> None:
+    veneer("add a --name tickets --metric loss=1.5")
+    veneer("add b --name tickets --parent tickets@1")
+    veneer("record tickets@2 --metric general_loss=2.25")
+    text = veneer("card tickets@2 --license MIT")
+    assert "license: mit" in text and "| general_loss | 2.25 |" in text
+    assert "tickets@1 (" in text and veneer.json("show tickets@1")["digest"] in text
+    assert "tickets@2, added " in text and "unchecked" in text
+    assert "license: unknown" in veneer("card tickets@1")
+
+
 @pytest.mark.parametrize(
-    "verb", ["add", "list", "show", "diff", "alias", "rollback", "record", "get", "remove", "gc", "verify", "rebuild"]
+    "verb",
+    ["add", "list", "show", "diff", "alias", "rollback", "record", "get", "card", "remove", "gc", "verify", "rebuild"],
 )
 def test_every_verb_has_help_with_an_example(veneer: Shell, verb: str) -> None:
     assert f"veneer library {verb}" in veneer(f"{verb} --help").split("Usage:")[1].split("\n", 1)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from tests.models.tiny import checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
-from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, TargetError, Unsupported
+from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, ResourceError, TargetError, Unsupported
 from veneer.inject import attach, create
-from veneer.merge import agreement, merge, unmerge, write_checkpoint
+from veneer.merge import agreement, exact, merge, unmerge, write_checkpoint
 from veneer.methods.lora import LoRA
 from veneer.models.bank import Bank
 from veneer.models.base import Base, bound
@@ -202,6 +203,33 @@ def test_the_files_stay_as_they_were(tmp_path: Path) -> None:
     old, new = tensors(place), tensors(tmp_path / "out")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {f"{t}.weight" for t in adapter.targets}
+
+
+def test_two_threads_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder(tmp_path, dtype=torch.bfloat16, shard_size="60KB")
+    adapter = trained(load_base(place, "float32"), LoRA(rank=2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = merge(place, adapter, tmp_path / "one", unmergeable=True, stochastic=3)
+        torch.set_num_threads(2)
+        together = merge(place, adapter, tmp_path / "two", unmergeable=True, stochastic=3)
+        assert torch.get_num_threads() == 2
+        one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+        assert {**one, "README.md": b""} == {**two, "README.md": b""}
+        assert replace(alone, out=place) == replace(together, out=place)
+        assert unmerge(tmp_path / "two", tmp_path / "back").is_dir()
+        monkeypatch.setattr(exact, "digest", _fail)
+        with pytest.raises(ResourceError, match="the disk is gone"):
+            merge(place, adapter, tmp_path / "three", unmergeable=True)
+        assert torch.get_num_threads() == 2
+        assert {p.name for p in tmp_path.iterdir()} == {"base", "one", "two", "back"}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fail(tensor: Tensor) -> str:
+    raise OSError("the disk is gone")
 
 
 @pytest.mark.parametrize(

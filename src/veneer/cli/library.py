@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.cli._card import Licence, story_of_record
 from veneer.cli._library_text import alias_text, base_text, fields, say_difference, say_record, share_text
 from veneer.cli._options import Json
 from veneer.cli._output import bytes_text, count_text, note, say, say_json, say_table
@@ -243,6 +244,16 @@ def get(
         say_json({**fields(version), "out": str(out)})
         return
     say(f"{version.ref} is in {out}")
+
+
+@app.command(epilog="Example: veneer library card tickets@production --license apache-2.0 > README.md")
+def card(ref: Ref, library: Place = DEFAULT, licence: Licence = None) -> None:
+    """Print a version's model card: base, method, data, recorded metrics, lineage and licence, as far as they are known."""
+    from veneer.formats.card import card as text_of
+
+    shelf = _library(library)
+    record = shelf.show(ref)
+    say(text_of(shelf.load(record.version), story_of_record(record, licence)).rstrip("\n"))
 
 
 @app.command(epilog="Example: veneer library remove tickets@1")

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ class Loralib:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the files of a new version come from: path inside the version -> file."""
+    """Where the files of a new version come from: path inside the version -> file.
+
+    is_private  nobody else knows these files, so they are moved and not copied
+    """
 
     kind: str
     place: Path
@@ -47,6 +50,7 @@ class Source:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    is_private: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def told(path: Path) -> Source:
 def written(adapter: Adapter, scratch: Path, kind: str = "adapter at hand") -> Source:
     """An adapter value, written down."""
     adapter.save(scratch / "adapter")
-    return _folder(scratch / "adapter", kind)
+    return replace(_folder(scratch / "adapter", kind), is_private=True)
 
 
 def stage(source: Source, blobs: Blobs, folder: Path) -> Staged:
@@ -89,7 +93,10 @@ def stage(source: Source, blobs: Blobs, folder: Path) -> Staged:
     for name, original in source.files.items():
         paths[name] = folder / "copy" / name
         paths[name].parent.mkdir(parents=True, exist_ok=True)
-        blobs.copy_in(original, paths[name])
+        if source.is_private:
+            original.rename(paths[name])
+        else:
+            blobs.copy_in(original, paths[name])
     for name in paths:
         if not name.endswith(".safetensors") and paths[name].stat().st_size > LARGEST:
             raise FormatError(
