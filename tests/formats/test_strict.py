@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.laws.world import World, fresh, host_of, method, stirred, world
-from veneer import formats
+from veneer import files, formats
 from veneer.adapter import Adapter, Provenance
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError
-from veneer.formats import folder as folders
 from veneer.formats.checkpoint import open_tensors
 from veneer.types import BaseShape
 
@@ -314,7 +313,7 @@ def test_a_full_disk_leaves_what_was_there(
     if step == "save_file":
         monkeypatch.setattr(formats, "save_file", full)
     else:
-        monkeypatch.setattr(folders, "_flush" if step == "fsync" else "_swap", full)
+        monkeypatch.setattr(files, "sync" if step == "fsync" else "_put", full)
     with pytest.raises(ResourceError, match="No space left on device") as caught:
         adapter.scaled(2.0).save(place)
     assert caught.value.help is not None and "free some space" in caught.value.help
@@ -326,24 +325,24 @@ def test_a_folder_that_may_not_be_written(adapter: Adapter, tmp_path: Path, monk
     def refused(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(folders.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(ResourceError, match="Permission denied") as caught:
         adapter.save(tmp_path / "a")
     assert caught.value.help == "choose a folder you may write to"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["save_file", "load", "folders._swap"])
+@pytest.mark.parametrize("step", ["save_file", "load", "files._put"])
 def test_a_kill_leaves_what_was_there(step: str, adapter: Adapter, saved: Path) -> None:
     before = content(saved)
     script = f"""
 import os, signal
 from veneer import formats
 from veneer.adapter import Adapter
-from veneer.formats import folder as folders
+from veneer import files
 adapter = Adapter.load({str(saved)!r}).scaled(2.0)
 kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-{"folders._swap" if step == "folders._swap" else f"formats.{step}"} = kill
+{step if step == "files._put" else f"formats.{step}"} = kill
 adapter.save({str(saved)!r})
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
@@ -356,7 +355,7 @@ adapter.save({str(saved)!r})
 def test_without_an_atomic_exchange_the_old_name_is_taken_in_two_steps(
     adapter: Adapter, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     adapter.scaled(2.0).save(saved)
     assert Adapter.load(saved).digest == adapter.scaled(2.0).digest
     assert [path.name for path in saved.parent.iterdir()] == ["a"]

@@ -1,8 +1,7 @@
 """Encoded data on disk, mapped, and keyed by everything that went into it.
 
 The key is a hash of the file's bytes, the format, template, tokenizer, mask policy and length policy: an entry is never stale. It
-is written beside its place and renamed into it. A killed process leaves nothing half-written, and of two that encode the same
-data the second finds the first one's entry and drops its own.
+appears all at once (`files.py`), so of two processes that encode the same data each finds a whole entry.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ import numpy as np
 from veneer.data.masking import TextTokenizer, TrainOn
 from veneer.data.read import file_digest, load
 from veneer.data.tokens import Dataset, OnTooLong, check_choices, encode
+from veneer.files import replacing
 
 LAYOUT = 1
 """Raise when encoding changes what it gives for the same input."""
@@ -83,18 +81,9 @@ def _read(place: Path, name: str) -> Dataset | None:
 
 
 def _write(place: Path, dataset: Dataset) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
-    try:
+    with replacing(place, durable=False) as beside:
+        beside.mkdir()
         for array in ARRAYS:
             np.save(beside / f"{array}.npy", getattr(dataset, array), allow_pickle=False)
         meta = {"sha256": dataset.sha256, "notes": dict(dataset.notes), "tokens": len(dataset.tokens)}
         (beside / "meta.json").write_text(json.dumps(meta))
-        if _read(place, dataset.name) is None:
-            shutil.rmtree(place, ignore_errors=True)
-        beside.rename(place)
-    except OSError:
-        if _read(place, dataset.name) is None:
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from veneer import methods
 from veneer.adapter import Adapter
 from veneer.errors import TargetError, Unsupported, listed
+from veneer.files import replacing
 from veneer.models.checkpoint import canonical, shapes
 from veneer.models.config import DecoderConfig, Layout
 from veneer.models.families import decoder_config, layout
@@ -133,10 +134,8 @@ def export_model(
     where = plan(model.config)
     source = canonical(where.config, where.layout, {n: model.shape(n) for n in model.names()}, name)
     types = {n: _type_of(where, n, model.shape(source[n]), filetype) for n in source}
-    target = Path(path)
-    part = target.with_name(f".{target.name}.new")
-    writer = GGUFWriter(part, where.arch)
-    try:
+    with replacing(Path(path)) as part:
+        writer = GGUFWriter(part, where.arch)
         writer.add_name(name)
         writer.add_file_type(LlamaFileType[_FILE_TYPES[filetype]])
         writer.add_quantization_version(2)
@@ -158,9 +157,6 @@ def export_model(
         for n in source:
             writer.write_tensor_data(_encoded(_ordered(where, n, model.tensor(source[n]).float()), types[n]))
         writer.close()
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -320,10 +316,8 @@ def export_adapter(
     where = plan(raw)
     pairs = _products(methods.folded(adapter), where)
     alpha, pairs = _one_alpha(adapter, pairs)
-    target = Path(path)
-    part = target.with_name(f".{target.name}.new")
-    writer = GGUFWriter(part, where.arch)
-    try:
+    with replacing(Path(path)) as part:
+        writer = GGUFWriter(part, where.arch)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
@@ -337,9 +331,6 @@ def export_adapter(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _whole(writer: Any, name: str, tensor: Tensor, filetype: FileType) -> None:

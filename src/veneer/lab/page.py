@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.files import replacing
 from veneer.lab.compare import Figure, Result, Row
 from veneer.train.checkpoint import write_bytes, write_json
 
@@ -146,9 +147,8 @@ def plot(result: Result, path: Path) -> Path:
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=8)
-    beside = path.with_name(f".{path.name}.part")
-    picture.savefig(beside, dpi=120, format=path.suffix[1:])
-    beside.replace(path)
+    with replacing(path) as beside:
+        picture.savefig(beside, dpi=120, format=path.suffix[1:])
     return path
 
 

@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import FormatError, NotFound, ResourceError
+from veneer.files import FULL, replacing, sync
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 CHUNK = 1 << 18  # stays in a core's cache between reading and writing
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Blobs:
@@ -129,17 +129,8 @@ class Blobs:
             if not self.is_local:
                 self.file_system.pipe_file(path, content)
                 return
-            folder = Path(path).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f"{Path(path).name}.part"
-            with self.file_system.open(str(beside), "wb") as writer:
+            with replacing(Path(path), durable=durable) as beside, self.file_system.open(str(beside), "wb") as writer:
                 writer.write(content)
-                writer.flush()
-                if durable:
-                    os.fsync(writer.fileno())
-            os.replace(beside, path)
-            if durable:
-                sync(folder)
 
     def delete(self, path: str) -> None:
         """Delete a file; one that is gone already is as good."""
@@ -259,7 +250,7 @@ def writing(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise ResourceError(
                 f"no space left for {place}: {error.strerror}",
                 help="free some space (`veneer library gc` deletes what no version needs) and try again; nothing was changed",
@@ -269,15 +260,6 @@ def writing(place: str) -> Iterator[None]:
                 f"{place} cannot be written: {error.strerror}", help="check its owner and mode"
             ) from error
         raise
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(handle: int) -> bool:

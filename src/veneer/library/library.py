@@ -11,8 +11,6 @@ and nothing else.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -23,6 +21,7 @@ from sqlalchemy import Connection
 
 from veneer.adapter import Adapter
 from veneer.errors import ConfigError, Conflict, NotFound, listed
+from veneer.files import replacing
 from veneer.library import aliases as alias_moves
 from veneer.library import queries, upkeep
 from veneer.library import tables as t
@@ -235,16 +234,10 @@ class Library:
         if out.exists():
             raise Conflict(f"{out} exists", help="choose a new folder")
         files = self._adapter_files(version)
-        with writing(str(out)):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
-        try:
+        with writing(str(out)), replacing(out) as beside:
+            beside.mkdir()
             for path, blob in files:
                 self._place.blobs.copy_out(blob, beside / path)
-            beside.chmod(0o755)
-            beside.rename(out)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         return out
 
     def _adapter_files(self, version: Version | str) -> tuple[tuple[str, str], ...]:

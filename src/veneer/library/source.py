@@ -18,7 +18,8 @@ from typing import Any
 
 from veneer.adapter import Adapter
 from veneer.errors import FormatError, NotFound, VeneerError
-from veneer.library.blobs import Blobs, digest_of, open_regular, sync
+from veneer.files import sync
+from veneer.library.blobs import Blobs, digest_of, open_regular
 from veneer.library.manifest import LARGEST
 from veneer.library.records import File
 

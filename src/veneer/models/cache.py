@@ -6,12 +6,11 @@
         locks/                          one file per base; the kernel drops a lock when its process dies
         downloads/                      models put together from several packages
 
-Files and folders are written under a name that begins with a dot and are renamed when they are complete.
+Files and folders appear all at once (`files.py`).
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from veneer import files
 from veneer.errors import FormatError, ResourceError
 from veneer.models.mapped import digest_of
 
 _log = logging.getLogger(__name__)
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def cache_folder() -> Path:
@@ -56,12 +55,12 @@ def refusals(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in UNWRITABLE:
+        if error.errno in files.UNWRITABLE:
             raise ResourceError(
                 f"cannot write to the cache folder {cache_folder()}: {error.strerror}",
                 help="set VENEER_CACHE to a folder that you can write to",
             ) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in files.FULL:
             free = shutil.disk_usage(existing(where)).free
             raise ResourceError(
                 f"the disk of the cache folder {cache_folder()} is full ({free / 1e6:.0f} MB free)",
@@ -78,35 +77,15 @@ def existing(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file or a folder, which takes its place when the block ends well."""
-    part = path.parent / f".{path.name}.{os.getpid()}"
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """`files.replacing` in the cache, refused in its words."""
+    with refusals(path), files.replacing(path, durable=durable) as part:
+        yield part
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     with refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            os.replace(part, path)
-        finally:
-            remove(part)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sweep(folder: Path, name: str) -> None:
-    """Delete what a killed process left of `name` in `folder`. Call it with the lock of `name` held."""
-    for leftover in folder.glob(f".{name}*") if folder.is_dir() else ():
-        remove(leftover)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+        files.write(path, json.dumps(value, indent=1, ensure_ascii=False).encode(), durable=durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,18 +102,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def remember(path: Path, value: Any) -> None:
     """Write down what was worked out, to be quicker next time. A cache that is only read from is no error here."""
     try:
-        write_json(path, value)
+        write_json(path, value, durable=False)
     except ResourceError as error:
         _log.info("not remembered: %s", error.message)
 
 
-def digest_of_files(files: Sequence[Path]) -> dict[str, str]:
+def digest_of_files(paths: Sequence[Path]) -> dict[str, str]:
     """File name -> SHA-256, hashed once as long as paths, sizes and times stay the same."""
-    stats = [(str(path.resolve()), path.stat()) for path in files]
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
     seen = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     memo = cache_folder() / "sources" / f"{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json"
     if memo.exists():
         return read_json(memo)
-    found = {path.name: digest_of(path) for path in files}
+    found = {path.name: digest_of(path) for path in paths}
     remember(memo, found)
     return found

@@ -20,6 +20,7 @@ from torch import Tensor
 from veneer.base.identity import Hasher, sampled
 from veneer.base.memory import available_bytes
 from veneer.errors import FormatError, ResourceError, listed
+from veneer.files import sweep
 from veneer.models import mapped
 from veneer.models.cache import (
     cache_folder,
@@ -30,7 +31,6 @@ from veneer.models.cache import (
     refusals,
     remember,
     replacing,
-    sweep,
     write_json,
 )
 from veneer.models.checkpoint import canonical, native_shapes, native_tensors
@@ -94,7 +94,7 @@ def converted(path: Path, dtype: torch.dtype, quantize: str | None = None, *, sh
     if not found.is_complete():
         with locked(name), refusals(found.folder):
             sweep(found.folder.parent, name)
-            sweep(found.folder, "")
+            sweep(found.folder)
             if not dense.is_complete():
                 _convert(open_source(path), path, dense, need_whole=quantize is None)
             if quantize is not None and not found.is_complete():

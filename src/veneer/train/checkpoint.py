@@ -7,7 +7,6 @@ checkpoint or the new one, never half of each. The order of the data is a functi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from veneer import files
 from veneer.errors import ConfigError, FormatError, ResourceError
 from veneer.methods import Regime
 from veneer.train.optim import FlatParameters, FlatState
@@ -114,16 +114,9 @@ def exists(folder: Path) -> bool:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` at `path` all at once; a full disk or a kill leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResourceError(
             f"{path} could not be written: {error.strerror}; what was there before is intact",
             help="free some space or choose another --out, then run again with --resume",

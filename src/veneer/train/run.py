@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from veneer.adapter import Adapter, Provenance
 from veneer.data import Dataset
 from veneer.errors import Conflict, ResourceError
 from veneer.evaluate.loss import row_losses
+from veneer.files import sweep
 from veneer.inject.create import create
 from veneer.methods import Method
 from veneer.models.bank import Dropout
@@ -78,7 +78,8 @@ def run_task(
         tensorboard.require()
     keep_freed_memory()
     with locked(folder):
-        _sweep(folder)
+        sweep(folder)
+        sweep(folder / "checkpoint")
         yield from _run_locked(base, task, folder, resume, should_stop)
 
 
@@ -121,7 +122,9 @@ def _prepare(base: Base, task: Task, sizes: Fit, folder: Path) -> tuple[Run, dic
     dropout = Dropout(rate, generators["dropout"]) if rate else None
     schedule = plan_schedule(task.dataset, task.config, sizes.tokens_per_pass)
     regime = spec.regime(len(schedule))
-    run = Run(base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, sizes.recompute, regime)
+    run = Run(
+        base, parameters, optimizer, task.dataset, schedule, task.config, Cursor(), dropout, sizes.recompute, regime
+    )
     return run, generators
 
 
@@ -258,17 +261,6 @@ def _lines_up_to(metrics: Path, step: int) -> list[str]:
         except (ValueError, TypeError, KeyError):
             break
     return kept
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what a killed run was about to put in place. Call it with the folder locked."""
-    parts = [*folder.glob("checkpoint/.*.part")]
-    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.md"):
-        parts += folder.glob(f".{name}.*.part")
-    for name in ("adapter", "last"):
-        parts += [*folder.glob(f".{name}.new-*"), *folder.glob(f".{name}.old-*")]
-    for part in parts:
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 @contextmanager
