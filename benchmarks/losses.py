@@ -81,7 +81,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(fp32: dict[str, list[float]], bf16: list[dict[str, list[float]]], path: Path) -> None:
-    """The fp32 difference by step, and the bf16 curves over the band of peft's seeds."""
+    """The fp32 difference by step, and the bf16 difference beside the range of peft's seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
@@ -89,11 +89,12 @@ def plot(fp32: dict[str, list[float]], bf16: list[dict[str, list[float]]], path:
     left.semilogy([abs(a - b) / abs(b) + 1e-12 for a, b in zip(fp32["veneer"], fp32["peft"], strict=True)], color=BLUE)
     left.axhline(1e-4, color=ORANGE)
     left.set_title("fp32: relative difference of each loss (line: 1e-4)", loc="left", fontsize=10)
-    steps = list(zip(*(run["peft"] for run in bf16), strict=True))
-    low, high = [min(step) for step in steps], [max(step) for step in steps]
-    right.fill_between(range(len(low)), low, high, color=GREY, alpha=0.5, label="peft, range over seeds")
-    right.plot(bf16[0]["veneer"], color=BLUE, linewidth=0.8, label="veneer, first seed")
-    right.set_title("bf16: loss of each step", loc="left", fontsize=10)
+    between = [max(step) - min(step) for step in zip(*(run["peft"] for run in bf16), strict=True)]
+    apart = [[abs(a - b) for a, b in zip(run["veneer"], run["peft"], strict=True)] for run in bf16]
+    right.plot(between, color=GREY, linewidth=1, label="peft, range over its seeds")
+    mean = [statistics.mean(step) for step in zip(*apart, strict=True)]
+    right.plot(mean, color=BLUE, linewidth=1, label="veneer - peft, one seed, mean of the seeds")
+    right.set_title("bf16: differences of each loss", loc="left", fontsize=10)
     right.legend(fontsize=7, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
