@@ -116,7 +116,7 @@ class Setting:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[cell.weights]
             )
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint(cell), **options).eval()
+        return plain_products(AutoModelForCausalLM.from_pretrained(self.checkpoint(cell), **options).eval())
 
     def checkpoint(self, cell: Cell) -> Path:
         return self.native if cell.way == "native" else self.module
@@ -140,6 +140,18 @@ class Setting:
         if adapter is not None:
             attach(model, adapter)
         return module_logits(model)
+
+
+def plain_products(model: Any) -> Any:
+    """A 4-bit model of bitsandbytes that keeps its weights as they were loaded.
+
+    At its first inference it would repack them for its CPU kernel. That kernel rounds products to bf16 and has no backward pass, and
+    PEFT's DoRA takes its norms from repacked weights as if they were not.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def moved(adapter: Adapter, size: float) -> Adapter:

@@ -20,8 +20,8 @@ Question = Literal["trains", "reload", "peft", "merge", "mixed"]
 WAYS: Mapping[Way, str] = {"native": "Native decoder", "module": "Any torch module"}
 WEIGHTS: tuple[Weights, ...] = ("16-bit", "NF4")
 QUESTIONS: Mapping[Question, tuple[str, str]] = {
-    "trains": ("trains", "50 steps on the demo base: the loss on held-out rows falls"),
-    "reload": ("reload equal", "saved, loaded again: the same logits, bit for bit"),
+    "trains": ("trains", "50 steps on the demo base: the loss on held-out rows falls (the slow tier of the tests)"),
+    "reload": ("reload equal", "saved and loaded again: the same logits, bit for bit"),
     "peft": ("PEFT both ways", "PEFT loads our files and we load PEFT's: the same function"),
     "merge": ("merge", "the merged checkpoint, loaded on its own, is the adapted model"),
     "mixed": ("mixed batch", "in one batch with another adapter and the bare base, every row as alone"),
@@ -31,7 +31,18 @@ MODEL: Mapping[Way, str] = {
     "module": "a transformers model that the native decoder does not know (OPT; for training the demo base), with `vn.attach`",
 }
 NO_PEFT = "Can't find 'adapter_config.json'"
-REPLACED = "not numbers that an adapter can be trained around"
+PACKED = "stores torch.uint8, not numbers that an adapter can be trained around"
+QUANTISED = "is a quantised checkpoint (bitsandbytes): an update would be rounded away on its grid"
+SECOND = "already carries an adapter"
+NO_BIAS = "a bias, and this model has none there"
+MEANING: Mapping[str, str] = {
+    NO_PEFT: "PEFT has no such method, so it finds no file of its own",
+    PACKED: "4-bit layers of another library; load the base natively with `quantize: nf4`, or the module in 16 bit",
+    QUANTISED: "merge into the 16-bit checkpoint; natively, `veneer merge` also writes 4-bit files",
+    SECOND: "a plain module runs one adapter at a time; mixed batches are the native decoder's",
+    NO_BIAS: "it merges where the layers have biases, as in GPT-2 and OPT",
+}
+"""What to do about a refusal, for the page."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Cell:
 
 
 EXCEPTIONS: Mapping[tuple[str, Way, Question], str] = {
-    ("bitfit", "native", "merge"): "this model has none there",
+    ("bitfit", "native", "merge"): NO_BIAS,
 }
 """Refusals that follow from the model of the table and not from the method: a Llama has no biases to merge into."""
 
@@ -73,14 +84,14 @@ def _refusal(kind: str, way: Way, weights: Weights, question: Question) -> str |
         if method.site in ("tokens", "kv"):
             return f"acts on {method.site}, which a plain module does not offer"
         if weights == "NF4" and _is_on_linear_layers(method):
-            return REPLACED
+            return PACKED
         if question == "mixed":
-            return "already carries an adapter"
+            return SECOND
     if question == "peft" and method.peft is None:
         return NO_PEFT
     if question == "merge":
         if way == "module" and weights == "NF4":
-            return "is a quantised checkpoint"
+            return QUANTISED
         if method.merged is Method.merged:
             return method.why_not_mergeable
     return EXCEPTIONS.get((kind, way, question))
@@ -112,9 +123,7 @@ def page() -> str:
                 shown = ["yes" if c.refusal is None else f"no ({notes.index(c.refusal) + 1})" for c in row]
                 text += f"| [{kind}](methods.md#{kind}) | {' | '.join(shown)} |\n"
     text += "\n## What a no says\n\n"
-    text += "".join(f'{n}. {_said_by(note)}: "... {note} ..."\n' for n, note in enumerate(notes, 1))
+    for number, note in enumerate(notes, 1):
+        meaning = f": {MEANING[note]}" if note in MEANING else ""
+        text += f'{number}. "{note}"{meaning}.\n'
     return text
-
-
-def _said_by(note: str) -> str:
-    return "PEFT, which has no such method" if note == NO_PEFT else "veneer"

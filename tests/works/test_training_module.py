@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.works import table
+from tests.works.settings import plain_products
 from tests.works.table import Cell
 from tests.works.training import base, module_losses
 from veneer.merge import write_checkpoint
@@ -32,7 +33,7 @@ def model(folder: Path, weights: str) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return plain_products(AutoModelForCausalLM.from_pretrained(folder, **options).eval())
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

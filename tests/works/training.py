@@ -60,9 +60,9 @@ def base(quantize: str | None) -> Base:
 
 @cache
 def rows(name: str, count: int) -> Dataset:
-    """The first rows of a file of the demo."""
+    """The shortest rows of a file of the demo."""
     dataset = encode(load(EXAMPLES / f"jive.{name}.jsonl"), base(None).require_tokenizer(), max_length=256)
-    return dataset.take(range(count))
+    return dataset.take(dataset.lengths.argsort(kind="stable")[:count].tolist())
 
 
 def frequent_tokens() -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def native_losses(cell: Cell, folder: Path) -> tuple[float, float]:
         lr=RATES.get(cell.kind, 1e-3),
         epochs=9,
         max_steps=STEPS,
-        tokens_per_step=100,
+        tokens_per_step=64,
         eval_every=STEPS,
         save_every=STEPS,
     )
