@@ -145,8 +145,8 @@ class Setting:
 def plain_products(model: Any) -> Any:
     """A 4-bit model of bitsandbytes that keeps its weights as they were loaded.
 
-    At its first inference it would repack them for its CPU kernel. That kernel rounds products to bf16 and has no backward pass, and
-    PEFT's DoRA takes its norms from repacked weights as if they were not.
+    At its first inference it would repack them for its CPU kernel. That kernel rounds products to bf16 and has no backward pass,
+    and PEFT's DoRA takes its norms from repacked weights as if they were not.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
