@@ -5,6 +5,7 @@ How a page is read:
     ```bash                     run with `bash -euo pipefail`
     ```python                   run; names stay defined for the page's later blocks
     ```text output              what the block before prints, to the letter
+    ```bash background          the same, but it stays: started, left running for the blocks after it, ended with the page
     ```bash no-run: REASON      shown, not run
 
 Blocks of one page run in order, in one empty folder. A page with `<!-- slow -->` on its first line is for the slow tier.
@@ -17,8 +18,11 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +64,34 @@ def with_blocks() -> list[object]:
     return found
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def command(block: Block) -> list[str]:
+    return ["bash", "-euo", "pipefail", "-c", block.text]
+
+
+@contextlib.contextmanager
+def staying(block: Block) -> Iterator[None]:
+    """A block that runs until the page ends; then its whole process group gets SIGTERM."""
+    with open("background.log", "ab") as log:
+        process = subprocess.Popen(
+            command(block), env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield
+        assert process.poll() is None, f"ended by itself:\n{Path('background.log').read_text()}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_block(block: Block, names: dict[str, object], where: str) -> str:
     """Run one block in the current folder and return what it printed."""
     if block.language == "python":
@@ -67,10 +99,8 @@ def run_block(block: Block, names: dict[str, object], where: str) -> str:
         with contextlib.redirect_stdout(printed):
             exec(compile("\n" * (block.line - 1) + block.text, where, "exec"), names)
         return printed.getvalue()
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", "-euo", "pipefail", "-c", block.text]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=240, stdin=subprocess.DEVNULL
+        command(block), capture_output=True, text=True, env=environment(), timeout=240, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, f"{where}:{block.line} exits with {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -82,23 +112,27 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     printed = ""
-    for block in blocks(page.read_text()):
-        if block.runs:
-            printed = run_block(block, names, where)
-        elif (block.language, block.flag) == ("text", "output"):
-            assert _plain(printed) == _plain(block.text), f"{where}:{block.line} shows another output"
+    with contextlib.ExitStack() as background:
+        for block in blocks(page.read_text()):
+            if block.runs and block.flag == "background":
+                background.enter_context(staying(block))
+            elif block.runs:
+                printed = run_block(block, names, where)
+            elif (block.language, block.flag) == ("text", "output"):
+                assert _plain(printed) == _plain(block.text), f"{where}:{block.line} shows another output"
 
 
 def test_what_is_not_run_says_why() -> None:
     for page in pages():
         for block in blocks(page.read_text()):
-            known = block.flag == "" or re.fullmatch(r"no-run: \S.*", block.flag)
+            known = block.flag in ("", "background") or re.fullmatch(r"no-run: \S.*", block.flag)
             assert known or block.language not in ("bash", "python"), (
                 f"{page.name}:{block.line}: write `no-run: REASON`"
             )
 
 
-def test_the_reader_of_pages() -> None:
+def test_the_reader_of_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = "a\n```bash\necho 1\n```\n```text output\n1\n```\n```python no-run: later\nx\n```\n```yaml\na: 1\n```\n"
     found = blocks(text)
     assert [(b.language, b.flag, b.runs, b.line) for b in found] == [
@@ -107,7 +141,10 @@ def test_the_reader_of_pages() -> None:
         ("python", "no-run: later", False, 9),
         ("yaml", "", False, 12),
     ]
-    assert run_block(found[0], {}, "x") == "1\n"
+    with staying(Block("bash", "background", "sleep 60", 1)):
+        assert run_block(found[0], {}, "x") == "1\n"
+    with pytest.raises(AssertionError, match="ended by itself"), staying(Block("bash", "background", "true", 1)):
+        time.sleep(0.5)
     names: dict[str, object] = {}
     assert run_block(Block("python", "", "y = 1\nprint(y)\n", 1), names, "x") == "1\n" and names["y"] == 1
 
