@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from veneer.errors import Unsupported
 from veneer.models.pre_tokenizer import Cut, cut_as
@@ -49,7 +50,7 @@ def from_gguf(path: Path, folder: Path, cut: Cut | None, adds_bos: bool | None) 
     """
     from transformers import PreTrainedTokenizerFast
 
-    more = {"add_bos_token": True} if adds_bos is None and cut is not None and cut.adds_bos else {}
+    more: dict[str, Any] = {"add_bos_token": True} if adds_bos is None and cut is not None and cut.adds_bos else {}
     with _quiet():
         try:
             made = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, **more)
