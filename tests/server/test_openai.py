@@ -192,6 +192,8 @@ def test_an_unknown_model_is_never_the_base(client: Any, model: str) -> None:
         ({"max_tokens": 600}, None),
         ({"prompt": ""}, None),
         ({"prompt": [9999]}, None),
+        ({"stop_token_ids": [300], "min_tokens": 2}, None),
+        ({"logit_bias": {"300": 1.0}}, None),
         ({"guided_regex": "("}, None),
         ({"guided_regex": "a", "guided_grammar": "b"}, None),
         ({"suffix": "x"}, None),

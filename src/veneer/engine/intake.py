@@ -15,7 +15,6 @@ from veneer.engine.source import Found, Recipe
 from veneer.errors import ConfigError, Unsupported
 from veneer.models.tokenizer import Tokenizer
 
-
 _TEMPLATES = 64
 """Chat templates of adapters that are kept compiled."""
 
@@ -83,9 +82,14 @@ class Intake:
     def _check(self, request: Request, tokens: Sequence[int]) -> None:
         if not tokens:
             raise ConfigError("the prompt is empty", help="a prompt needs at least one token")
-        stray = next((t for t in tokens if not 0 <= t < self._vocab), None)
-        if stray is not None:
-            raise ConfigError(f"token {stray} is not in this base's vocabulary of {self._vocab:,}")
+        for where, ids in (
+            ("the prompt", tokens),
+            ("stop_token_ids", request.stop_tokens),
+            ("logit_bias", request.sampling.logit_bias),
+        ):
+            stray = next((t for t in ids if not 0 <= t < self._vocab), None)
+            if stray is not None:
+                raise ConfigError(f"token {stray} of {where} is not in this base's vocabulary of {self._vocab:,}")
         room = self._context - len(tokens)
         if room < 1:
             raise ConfigError(
