@@ -20,7 +20,7 @@ from torch import Tensor
 from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.base.host import DenseHost, Host
-from veneer.errors import TargetError, Unsupported, VeneerError, listed
+from veneer.errors import NeedsBase, TargetError, Unsupported, VeneerError, listed
 from veneer.merge.rounding import MERGEABLE, Dense, LowRankRows, Update, working_dtype
 from veneer.methods import Method, Place
 from veneer.models.families import decoder_config, layout
@@ -133,7 +133,7 @@ def _factors(method: Method, part: Part, shape: HostShape) -> tuple[Tensor, Tens
     """A and B in fp32, the scale folded in, for a part that is low-rank whatever the weight is; else None."""
     try:
         primitives: tuple[Primitive, ...] = method.lower(part, Place(shape))
-    except Unsupported:  # the method looked at the weight
+    except (NeedsBase, Unsupported):  # the method looked at the weight
         return None
     low = [p for p in primitives if isinstance(p, LowRank)]
     if not low or len(low) < len(primitives):
@@ -143,8 +143,8 @@ def _factors(method: Method, part: Part, shape: HostShape) -> tuple[Tensor, Tens
 
 def edits(adapter: Adapter, tensors: Tensors, *, untie: bool = False) -> list[Edit]:
     """Every tensor that changes, or one TargetError with all that is in the way."""
-    adapter = methods.folded(adapter)
     places = Places(tensors)
+    adapter = methods.completed(methods.folded(adapter), _Stored(places))
     problems: list[str] = _not_weights(adapter)
     found: dict[str, Edit] = {}
     for target in adapter.targets:
@@ -228,6 +228,18 @@ class _NoSource:
 
     def host(self, target: str) -> Host:
         return Place(HostShape("linear", 0, 0))
+
+
+class _Stored:
+    """The sizes of a checkpoint's layers, for methods that make tensors of theirs from them."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+
+    def host(self, target: str) -> Host:
+        name = self._places.stored(target, "weight", required=True)
+        assert name is not None
+        return Place(self._places.shape(name, self._places.kind(target, ()), False))
 
 
 class Places:
