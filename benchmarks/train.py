@@ -38,7 +38,7 @@ SIZES = (
 )
 """Name, what varies, tokens a row, rows a pass, passes a step."""
 PARTS = ("peers", "kernels", "scaling")
-OURS, STEPS = HERE / "train_veneer.py", ["--steps", "3"]
+OURS, STEPS = HERE / "train_veneer.py", ["--steps", "2"]
 MODEL = "smollm2-135m"
 
 
