@@ -75,8 +75,13 @@ def command(
         Path | None,
         typer.Option("--cells", help="For methods: where finished trainings are kept; by default OUT/cells."),
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="DIR", help="For train: keep Chrome traces of one step there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
+    if profile is not None and name != "train":
+        raise ConfigError("--profile: only `veneer bench train` takes this", help="leave it out")
     if name == METHODS:
         wanted = [f"tokens={tokens}"] if tokens is not None else []
         wanted += [f"seeds={seeds}"] if seeds is not None else []
@@ -89,7 +94,7 @@ def command(
     wrong = [option for option, value in given.items() if value is not None]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: only `veneer bench {METHODS}` takes this", help="leave it out")
-    _scripts(name, as_json)
+    _scripts(name, [] if profile is None else ["--profile", str(profile.resolve())], as_json)
 
 
 def _comparison(config: Path | None, settings: list[str], names: list[str] | None) -> Comparison:
@@ -163,7 +168,7 @@ def _bar(total: int) -> Iterator[Watch]:
         yield watch
 
 
-def _scripts(name: str | None, as_json: bool) -> None:
+def _scripts(name: str | None, arguments: list[str], as_json: bool) -> None:
     """The scripts of a checkout: the list, or one of them."""
     known = _benchmarks()
     if name is None:
@@ -179,7 +184,8 @@ def _scripts(name: str | None, as_json: bool) -> None:
         )
     if name not in known:
         raise NotFound(f"no benchmark is called '{name}'", help=did_you_mean(name, list(known)))
-    done = subprocess.run([sys.executable, str(FOLDER / "run.py"), name], check=False)
+    extra = ["--", *arguments] if arguments else []
+    done = subprocess.run([sys.executable, str(FOLDER / "run.py"), name, *extra], check=False)
     results = FOLDER / "results" / f"{name}.json"
     if done.returncode == 0 and as_json and results.is_file():
         sys.stdout.write(results.read_text())
