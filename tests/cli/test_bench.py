@@ -226,3 +226,5 @@ def test_the_other_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no benchmark is called 'trian'" in capsys.readouterr().err
     assert run(["bench", "train", "--seeds", "2"]) == 2
     assert "only `veneer bench methods` takes this" in capsys.readouterr().err
+    assert run(["bench", "serve", "--profile", "traces"]) == 2
+    assert "only `veneer bench train` takes this" in capsys.readouterr().err
