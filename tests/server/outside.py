@@ -27,6 +27,14 @@ from veneer.models.base import Base
 from veneer.models.load import load_base
 
 RANKS = (8, 64, 16, 32)
+MAIN = """
+from veneer.cli.main import main
+from veneer.ops import frozen
+frozen._onednn = lambda: False
+main()
+"""
+"""`veneer`, but fp32 products don't go through oneDNN: it keeps compiled code for a thousand shapes, up to half a gigabyte, which
+would hide what the server itself holds."""
 PROMPTS = ("hello there", "where is my parcel?", "a")
 
 
@@ -87,7 +95,7 @@ class Outside:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = shop.folder / "server.log"
         self._command = [
-            *(sys.executable, "-c", "from veneer.cli.main import main; main()", "serve", "--dtype", "float32"),
+            *(sys.executable, "-c", MAIN, "serve", "--dtype", "float32"),
             *("--base", str(shop.folder / "base"), "--library", str(shop.folder / "library")),
             *("--port", str(self.port), "--kv-memory", "0.02", "--log-level", "warning", *options),
         ]
