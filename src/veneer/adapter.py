@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from veneer.errors import NotFound, TargetError
 from veneer.registry import did_you_mean
-from veneer.types import HostKind, Site
+from veneer.types import HostKind, HostShape, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +130,11 @@ class Adapter:
     def scaled(self, factor: float) -> Adapter:
         """A new adapter whose effective scale is `factor` times this one's. Refused for methods without a scale."""
         return replace(self, spec=self.spec.scaled(factor))
+
+    def misfits(self, part: Part, shape: HostShape) -> list[str]:
+        """Every tensor of a weight part that does not belong on a layer of this size, in words; its rank is as it is."""
+        found: list[str] = _methods().misfits(self, part, shape)
+        return found
 
     def delta(self, target: str, base: HostSource | None = None) -> Tensor:
         """The effective update of the weight at `target`, fp32 `[out, in]`.

@@ -131,6 +131,7 @@ class BaseShape:
 
     hosts  module path -> shape, in checkpoint order
     head   module path of the output head, which `all-linear` leaves out ("" where there is none)
+    embed_scale  what the model multiplies rows of its input embedding by (Gemma)
     """
 
     hidden: int
@@ -142,6 +143,7 @@ class BaseShape:
     hosts: Mapping[str, HostShape]
     tied_head: bool = False
     head: str = ""
+    embed_scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

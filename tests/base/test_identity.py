@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.laws.world import fresh, method, world
 from tests.models import gguf_writer, tiny
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.base.identity import GOLDEN, SAMPLES, Hasher, compare, identity_of, same_weights, sampled
@@ -121,6 +122,7 @@ def test_other_precision(folder: Path, tmp_path: Path) -> None:
     assert verdict.outcome == "other precision" and "another precision" in verdict.detail
     assert same_weights((1.0, -2.0, 0.0), (1.0, -2.0 - 2**-7, 0.0))
     assert not same_weights((1.0, 0.0), (1.0, 1e-3)) and not same_weights((1.0,), (1.0, 1.0))
+    assert not same_weights((), ()), "nothing was compared"
 
 
 def test_unverified(folder: Path) -> None:
@@ -149,3 +151,31 @@ def test_a_shape_that_does_not_fit_is_refused_whatever_is_allowed(folder: Path) 
     with pytest.raises(BaseMismatch) as caught:
         compare(adapter, base, allow="whatever")
     assert "B is [25, 2]" in str(caught.value) and "layers.7.self_attn.v_proj is not a layer" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera", "bitfit"])
+def test_every_tensor_of_a_part_is_measured_not_only_its_factors(kind: str) -> None:
+    base = world()
+    adapter = fresh(method(kind), base)
+    parts = [p for p in adapter.parts if p.site == "weight" and p.target is not None]
+    for part in parts:
+        shape = base.shape.hosts[part.target or ""]
+        assert adapter.misfits(part, shape) == []
+        larger = replace(shape, in_features=shape.in_features + 1, out_features=shape.out_features + 1)
+        told = adapter.misfits(part, larger)
+        sized = [n for n, t in part.tensors.items() if {shape.in_features, shape.out_features} & set(t.shape)]
+        assert sized and all(any(line.startswith(f"{name} is") for line in told) for name in sized)
+    assert parts
+
+
+def test_a_part_of_another_rank_than_the_spec_says_still_fits() -> None:
+    adapter = fresh(method("lora", rank=3), world())
+    part = adapter.parts[0]
+    shape = world().shape.hosts[part.target or ""]
+    doubled = {"A": part.tensors["A"].repeat(2, 1), "B": part.tensors["B"].repeat(1, 2)}
+    assert adapter.misfits(replace(part, tensors=doubled), shape) == []
+    torn = {"A": doubled["A"], "B": part.tensors["B"]}
+    out, inp = shape.out_features, shape.in_features
+    assert adapter.misfits(replace(part, tensors=torn), shape) == [
+        f"B is [{out}, 3], expected [{out}, 6] for {out} x {inp}"
+    ]

@@ -93,8 +93,8 @@ def sampled(weight: Tensor) -> tuple[float, ...]:
 
 def same_weights(mine: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether two samples agree within one bf16 step, value by value."""
-    if len(mine) != len(theirs):
-        return False
+    if not mine or len(mine) != len(theirs):
+        return False  # where nothing was compared, nothing is known
     return all(abs(a - b) <= ULP * max(abs(a), abs(b)) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -133,10 +133,7 @@ def _fit(adapter: Adapter, base: KnownBase) -> None:
         if host is None:
             problems.append(f"{part.target} is not a layer of {base.name}")
             continue
-        for factor, dimension, size in (("A", 1, host.in_features), ("B", 0, host.out_features)):
-            tensor = part.tensors.get(factor)
-            if tensor is not None and tensor.dim() == 2 and tensor.shape[dimension] != size:
-                problems.append(f"{part.target}: {factor} is {list(tensor.shape)}, {base.name} has {size} there")
+        problems += [f"{part.target}: {what} in {base.name}" for what in adapter.misfits(part, host)]
     if problems:
         raise BaseMismatch(
             f"this adapter does not fit {base.name}:\n{listed(problems)}", help="use the base it was trained on"

@@ -68,7 +68,7 @@ def lowered_for(parts: Sequence[tuple[Adapter, float]], base: Base) -> Lowered:
 def resident_of(lowered: Lowered, base: Base, digest: str) -> Resident:
     """Primitives in the dtype and layout that steps read."""
     decoder = base.decoder
-    bank = Bank.of([lowered], decoder.groups, decoder.layout.embed_path)
+    bank = base.bank([lowered])
     bank = _expanding_by_rank(
         bank.map_tensors(lambda tensor: tensor.detach().to(decoder.device, decoder.dtype).contiguous())
     )

@@ -153,7 +153,7 @@ def evaluate(
     for adapter in adapters.values():
         compare_identity(adapter, base, allow=allow_base_mismatch)
     lowered = [methods.lower(adapter, base, digest=adapter.digest) for adapter in adapters.values()]
-    bank = Bank.of(lowered, base.decoder.groups, base.layout.embed_path)
+    bank = base.bank(lowered)
     work = _Work(base, tuple(adapters), bank, chosen, progress)
     _losses(work, rows)
     if general is not None:

@@ -41,4 +41,4 @@ def compose_all(base: Base, adapters: tuple[Adapter, ...]) -> Lowered:
 def bank_of(base: Base, lowered: list[Lowered]) -> Bank:
     """Lowered adapters packed for this base's decoder."""
     with torch.no_grad():
-        return Bank.of(lowered, base.decoder.groups, base.layout.embed_path)
+        return base.bank(lowered)

@@ -18,7 +18,6 @@ from torch import Tensor
 from veneer import methods
 from veneer.adapter import Adapter
 from veneer.formats.checkpoint import open_checkpoint, plain_file, read_json
-from veneer.models.bank import Bank
 from veneer.models.base import Base, bound
 from veneer.models.checkpoint import canonical, native_tensors
 from veneer.models.decoder import Decoder
@@ -47,7 +46,7 @@ def agreement(base: Base, adapter: Adapter, merged: Path, prompts: Sequence[Sequ
     """Compare base + adapter with the checkpoint in `merged` on token ids, by default on a few texts."""
     probes = [torch.tensor(p) for p in prompts] if prompts is not None else default_probes(base)
     other = opened(merged, base.dtype)
-    bank = Bank.of((methods.lower(adapter, base),), base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([methods.lower(adapter, base)])
     kls: list[Tensor] = []
     same: list[Tensor] = []
     with torch.no_grad():

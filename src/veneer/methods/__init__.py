@@ -18,7 +18,7 @@ from veneer.errors import NeedsBase, NotFound
 from veneer.methods._abstract import METHODS, Method, PeftForm, Regime
 from veneer.methods._start import BaseView, FactorSource, Place, embedding_path, host_at, start_parts
 from veneer.registry import did_you_mean, discover
-from veneer.types import Lowered
+from veneer.types import HostShape, Lowered
 
 __all__ = [
     "METHODS",
@@ -38,6 +38,7 @@ __all__ = [
     "lower",
     "merged",
     "method_of",
+    "misfits",
     "parse",
     "start_parts",
 ]
@@ -63,6 +64,22 @@ def method_of(adapter: Adapter, part: Part) -> Method:
         return cast(Method, adapter.spec)
     load_all()
     return METHODS[part.kind]()
+
+
+def misfits(adapter: Adapter, part: Part, shape: HostShape) -> list[str]:
+    """Every tensor of a weight part whose size is not the one its method has at a layer of this shape. Any rank is right."""
+    method, target = method_of(adapter, part), part.target or ""
+    declared = method.rank_at(target)
+    rank = part.tensors["A"].shape[0] if "A" in part.tensors else declared
+    is_told_apart = declared not in (shape.in_features, shape.out_features)
+    found = []
+    for name, wanted in method.tensor_shapes(target, shape).items():
+        size = tuple(part.tensors[name].shape) if name in part.tensors else wanted
+        of_rank = [w == declared and (is_told_apart or size[at : at + 1] == (rank,)) for at, w in enumerate(wanted)]
+        expected = [rank if is_rank else w for w, is_rank in zip(wanted, of_rank, strict=True)]
+        if list(size) != expected:
+            found.append(f"{name} is {list(size)}, expected {expected} for {shape.out_features} x {shape.in_features}")
+    return found
 
 
 def complete(adapter: Adapter, part: Part) -> Part:

@@ -52,6 +52,33 @@ class Place(Host):
         raise Unsupported(f"a {self.shape.kind} place has no weight")
 
 
+@final
+class InputRows(Host):
+    """The input embedding as the first block reads it: virtual tokens stand behind the factor that some families put on rows."""
+
+    bias = None
+
+    def __init__(self, embedding: Host, factor: float) -> None:
+        self._embedding, self._factor, self.shape = embedding, factor, embedding.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    def weight(self) -> Tensor:
+        return self._scaled(self._embedding.weight())
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._scaled(self._embedding.apply(x))
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self._factor == 1.0 else rows * torch.tensor(self._factor, dtype=rows.dtype, device=rows.device)
+
+
 def host_at(site: Site, target: str, base: BaseView) -> Host:
     """The host that a method of `site` sees at `target`."""
     shape = base.shape
@@ -61,7 +88,7 @@ def host_at(site: Site, target: str, base: BaseView) -> Host:
     if site == "kv":
         return Place(HostShape("kv", shape.kv_heads, shape.head_dim, layers=shape.layers))
     if site == "tokens":
-        return base.host(embedding_path(shape))
+        return InputRows(base.host(embedding_path(shape)), shape.embed_scale)
     return base.host(target)
 
 

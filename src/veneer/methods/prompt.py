@@ -80,7 +80,7 @@ class PromptTuning(Method):
             raise ConfigError("init: text needs init_text, as token ids or with a tokenizer to make them")
         else:
             ids = torch.tensor(self.init_text)[torch.arange(self.num_tokens) % len(self.init_text)]
-        return {"rows": host.weight().t()[ids].detach().float().clone()}
+        return {"rows": host.apply(ids.to(host.device)).detach().float().clone()}
 
     def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
         """x is the embeddings of a sequence, `[tokens, hidden]`."""

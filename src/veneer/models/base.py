@@ -20,13 +20,13 @@ from torch import Tensor
 from veneer.base.host import DenseHost, Host
 from veneer.base.quantized import QuantizedFrozen, QuantizedHost
 from veneer.errors import ConfigError, NotFound, TargetError, Unsupported
-from veneer.models.bank import EMPTY, Bank, spans_of
+from veneer.models.bank import EMPTY, Bank, Dropout, spans_of
 from veneer.models.config import DecoderConfig, GroupSpec, Layout, PartSpec
 from veneer.models.decoder import Decoder
 from veneer.models.tokenizer import Tokenizer
 from veneer.ops.low_rank import DenseFrozen
 from veneer.registry import did_you_mean
-from veneer.types import BaseShape, Segment
+from veneer.types import BaseShape, Lowered, Segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +160,10 @@ class Base:
             raise Unsupported(f"'{target}' is held as {type(group.frozen).__name__}, which gives no view of its parts")
         rows = group.frozen.weight[part.start : part.stop]
         return DenseHost(rows.t(), bias, kind="conv1d") if spec.kind == "conv1d" else DenseHost(rows, bias)
+
+    def bank(self, lowered: Sequence[Lowered], *, dropout: Dropout | None = None) -> Bank:
+        """Lowered adapters packed for this base's decoder: row i of a pass uses the one that its segment names."""
+        return Bank.of(lowered, self.decoder.groups, self.layout.embed_path, dropout=dropout)
 
     def samples(self, target: str) -> tuple[float, ...]:
         """64 values of the frozen weight at fixed places, from the checkpoint's own precision."""

@@ -143,4 +143,5 @@ class Layout:
             hosts=self.hosts(config),
             tied_head=config.tied_head,
             head=self.head_path,
+            embed_scale=config.embed_scale,
         )

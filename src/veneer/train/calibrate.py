@@ -28,7 +28,7 @@ from veneer.inject.targets import select
 from veneer.methods import Method
 from veneer.methods._lowrank import LowRankMethod
 from veneer.methods.prefix import PrefixTuning
-from veneer.models.bank import Bank, spans_of
+from veneer.models.bank import spans_of
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder, Run
 from veneer.models.project import spans_at
@@ -115,7 +115,7 @@ def gradients(
         if base.config.tied_head and base.layout.embed_path in weights and head not in overrides:
             # A replaced embedding is the head's weight, too; an adapter on the embedding does not reach the head.
             overrides[head] = Override(base.decoder.embed)
-        bank = Bank.of([Lowered(overrides=overrides)], base.decoder.groups, base.layout.embed_path)
+        bank = base.bank([Lowered(overrides=overrides)])
         total = 0.0
         for number, rows in enumerate(passes):
             item = batch(dataset, rows, 0)

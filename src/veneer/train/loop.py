@@ -50,13 +50,13 @@ class Run:
     def bank(self) -> Bank:
         """The adapter as it is now, lowered and packed, differentiable."""
         lowered = methods.lower(self.parameters.adapter(), self.base)
-        return Bank.of([lowered], self.base.decoder.groups, self.base.layout.embed_path, dropout=self.dropout)
+        return self.base.bank([lowered], dropout=self.dropout)
 
     def frozen_bank(self) -> Bank:
         """The same without gradients or dropout, for evaluation."""
         with torch.no_grad():
             lowered = methods.lower(self.parameters.adapter(), self.base)
-            return Bank.of([lowered], self.base.decoder.groups, self.base.layout.embed_path)
+            return self.base.bank([lowered])
 
 
 def fit(
