@@ -59,7 +59,7 @@ def test_everything_that_is_known_is_there() -> None:
 
 def test_a_strangers_words_stay_in_their_cells() -> None:
     text = card(make(base_name="x\n---\n# Owned | <script>"), Story("a | b\n## c"))
-    assert front_matter(text)["base_model"] == "x\n---\n# Owned | <script>" or "Owned" in str(front_matter(text))
+    assert front_matter(text)["base_model"] == "x\n---\n# Owned | <script>"
     assert "\n# Owned" not in text.split("# a")[1]
     assert "<script>" not in text.split("# a")[1]
 

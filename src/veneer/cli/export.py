@@ -13,7 +13,7 @@ card with what is known of base, data, figures, lineage and licence goes along: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +56,7 @@ class Order:
             raise ConfigError("--adapter is missing: this format is for an adapter")
         return self.adapter
 
-    def write_card(self, place: Path, form: Form, base: Base | None = None, **facts: str) -> None:
+    def write_card(self, place: Path, form: Form, base: Base | None, facts: Mapping[str, str]) -> None:
         """The model card of what was written, where there is an adapter to tell of."""
         from veneer.formats.card import card
 
@@ -149,7 +149,7 @@ def _gguf(order: Order) -> dict[str, str]:
     order.out.parent.mkdir(parents=True, exist_ok=True)
     words = tokenizer_fields(base.tokenizer, base.config.vocab)
     export_model(model, order.out, words, filetype=order.filetype, name=base.name)
-    order.write_card(card_beside(order.out), "gguf", base, type=order.filetype)
+    order.write_card(card_beside(order.out), "gguf", base, {"type": order.filetype})
     return {}
 
 
@@ -159,7 +159,7 @@ def _gguf_adapter(order: Order) -> dict[str, str]:
     adapter, base = order.required(), order.model()
     order.out.parent.mkdir(parents=True, exist_ok=True)
     export_adapter(adapter, base.hf_config, order.out, filetype=order.filetype, name=order.out.stem)
-    order.write_card(card_beside(order.out), "gguf-adapter", base, type=order.filetype)
+    order.write_card(card_beside(order.out), "gguf-adapter", base, {"type": order.filetype})
     return {}
 
 
@@ -183,7 +183,7 @@ def _ollama(order: Order) -> dict[str, str]:
         if apart is not None:
             export_adapter(apart, base.hf_config, folder / "adapter.gguf", filetype="f32")
         (folder / "Modelfile").write_text(text, "utf-8")
-        order.write_card(folder / "README.md", "ollama", base, type=order.filetype)
+        order.write_card(folder / "README.md", "ollama", base, {"type": order.filetype})
 
     replace_folder(order.out, frozenset(), write)
     return {"next": f"ollama create {base.name} -f {order.out / 'Modelfile'}"}
@@ -191,7 +191,7 @@ def _ollama(order: Order) -> dict[str, str]:
 
 def _peft(order: Order) -> dict[str, str]:
     order.required().save(order.out)
-    order.write_card(order.out / "README.md", "adapter")
+    order.write_card(order.out / "README.md", "adapter", None, {})
     return {}
 
 
@@ -200,8 +200,9 @@ def _vllm(order: Order) -> dict[str, str]:
 
     adapter, rank = servable(order.required())
     adapter.save(order.out)
-    told = {"made from": order.required().digest, "written": "one rank for all targets, every scale folded into B"}
-    replace(order, adapter=adapter).write_card(order.out / "README.md", "adapter", **told)
+    story = replace(order.story, parents={order.required().digest: order.story.name})
+    told = {"written": "one rank for all targets, every scale folded into B"}
+    replace(order, adapter=adapter, story=story).write_card(order.out / "README.md", "adapter", None, told)
     return {"next": f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {order.out.name}={order.out}"}
 
 
