@@ -59,6 +59,8 @@ def methods() -> str:
         for k, m in sorted(found.items())
     ]
     text += _table(("kind", "class", "site", "in one line", "merges", "in PEFT's files", "paper"), rows)
+    text += "\n## When to use which\n\n"
+    text += _table(("kind", "when", "limits"), ((f"[{k}](#{k})", m.use, m.limits) for k, m in sorted(found.items())))
     for kind, method in sorted(found.items()):
         text += f"\n## {kind}\n\n{_module_text(method)}\n\n{_fields(method)}"
     return text

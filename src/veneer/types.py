@@ -100,7 +100,7 @@ class Override:
     rows: Tensor | None = None
 
 
-HostKind: TypeAlias = Literal["linear", "conv1d", "conv", "embedding", "sublayer", "tokens", "kv"]
+HostKind: TypeAlias = Literal["linear", "conv1d", "conv", "embedding", "norm", "sublayer", "tokens", "kv"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class HostShape:
     conv              a convolution of 1 to 3 dimensions as the matrix that its patches meet: in_features = channels of one group
                       times the kernel's cells, out_features = channels out; `kernel` and `groups` are the module's own
     embedding         in_features = vocabulary, out_features = hidden
+    norm              both are its width; it has no product, only tensors that can be replaced
     sublayer          both are hidden
     tokens            in_features = vocabulary, out_features = hidden
     kv                in_features = kv_heads, out_features = head_dim, over `layers` layers
@@ -131,6 +132,7 @@ class BaseShape:
 
     hosts  module path -> shape, in checkpoint order
     head   module path of the output head, which `all-linear` leaves out ("" where there is none)
+    norms  module path -> shape of the norms of hidden width, which targets never select
     embed_scale  what the model multiplies rows of its input embedding by (Gemma)
     """
 
@@ -143,6 +145,7 @@ class BaseShape:
     hosts: Mapping[str, HostShape]
     tied_head: bool = False
     head: str = ""
+    norms: Mapping[str, HostShape] = field(default_factory=dict)
     embed_scale: float = 1.0
 
 

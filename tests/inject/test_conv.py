@@ -206,3 +206,38 @@ def test_files_and_outputs_are_pefts(name: str, dora: bool, tmp_path: Path) -> N
     for ours_name, suffix in {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}.items():
         [gradient] = [g for n, g in theirs_by_name.items() if n.endswith(suffix)]
         torch.testing.assert_close(live[ours_name].grad.reshape(gradient.shape), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_with_convolutions_is_merged(tmp_path: Path) -> None:
+    """A model outside the table: its file's kernel is the merged one, and the rest is as it was."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    from veneer.merge import merge
+
+    layers = {"first": module("2d")[0], "second": module("1d")[0]}
+    model = nn.ModuleDict(layers)
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "small_vision"}))
+    spec = parse({"kind": "lora", "rank": 3, "targets": ["first", "second"]})
+    adapter = stirred(create(ModuleSource(model), spec, torch.Generator().manual_seed(0)))
+    merge(tmp_path / "base", adapter, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, layer in layers.items():
+        weight, _ = merged(adapter, name, ModuleSource(model).host(name))
+        torch.testing.assert_close(found[f"{name}.weight"], weight.view_as(layer.weight), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found["second.bias"], layers["second"].bias)
+
+
+def test_two_adapters_of_a_convolution_add_up(tmp_path: Path) -> None:
+    from veneer.algebra import combine
+
+    layer, _ = module("2d")
+    one, two = (stirred(adapter_on(layer, "lora"), seed=seed) for seed in (1, 2))
+    both = combine({"one": (one, 0.7), "two": (two, 0.3)}, "cat")
+    expected = 0.7 * delta(one, "conv", None) + 0.3 * delta(two, "conv", None)
+    torch.testing.assert_close(delta(both, "conv", None), expected, rtol=1e-5, atol=1e-5)
+    both.save(tmp_path / "a")
+    attach(nn.ModuleDict({"conv": layer}), Adapter.load(tmp_path / "a"))

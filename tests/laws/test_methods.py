@@ -193,6 +193,11 @@ def test_what_is_stored_is_what_was_declared(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_the_docs_have_a_row_for_it(kind: str) -> None:
+    assert METHODS[kind].summary and METHODS[kind].use and METHODS[kind].limits
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_a_file_gives_back_the_same_adapter(kind: str, tmp_path: Path) -> None:
     adapter = stirred(fresh(method(kind), world()))
     kept = folded(adapter)

@@ -296,6 +296,30 @@ def test_bottlenecks_are_what_the_papers_say(style: str, places: int, scale: flo
     torch.testing.assert_close(logits(base, adapter), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_houlsbys_norms_are_trained_beside_the_bottlenecks(family: str, tmp_path: Path) -> None:
+    from tests.models import tiny
+
+    base, model = tiny.base(family)
+    adapter = fresh(base, kind="bottleneck", style="houlsby", size=4, norms=True, layers="last:1")
+    norms = [p for p in adapter.parts if p.kind == "full"]
+    named = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.dim() == 1 and ("norm" in n or "ln_" in n)}
+    last = max(int(part) for path in named for part in path.split(".") if part.isdigit())
+    assert {p.target for p in norms} == {path for path in named if f".{last}." in path}
+    for part in norms:
+        assert torch.equal(part.tensors["weight"], model.get_parameter(f"{part.target}.weight"))
+        assert ("bias" in part.tensors) == (family == "gpt2")
+    ids = IDS % 60
+    assert torch.equal(logits(base, adapter, ids=ids), logits(base, ids=ids))
+    moved = stirred(adapter)
+    moved.save(tmp_path / "a")
+    again = Adapter.load(tmp_path / "a")
+    assert again.digest == moved.digest
+    assert not torch.allclose(logits(base, again, ids=ids), logits(base, ids=ids), atol=1e-3)
+    with pytest.raises(ValueError, match="which norms belong to `modules`"):
+        parse({"kind": "bottleneck", "norms": True, "modules": ["fc"]})
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"), [("last:1", {"1"}), ("first:1", {"0"}), ((1,), {"1"}), (None, {"0", "1"})]
 )

@@ -14,6 +14,7 @@ from tests.formats.test_peft_parity import lora_config, wrapped
 from tests.formats.tiny import llama
 from tests.laws.world import fresh, method, stirred, world
 from veneer.adapter import Adapter
+from veneer.algebra import combine
 from veneer.errors import FormatError, NeedsBase, TargetError, Unsupported
 from veneer.formats.vllm import servable
 from veneer.inject import ModuleSource, attach, create
@@ -247,6 +248,10 @@ def test_a_vera_whose_projections_come_from_a_key() -> None:
     primitives, stored = lower(adapter, base).weights, lower(whole, base).weights
     for target, (product,) in primitives.items():
         assert torch.equal(product.A, stored[target][0].A) and torch.equal(product.B, stored[target][0].B)
+    with pytest.raises(NeedsBase, match="depends on the frozen weight"):
+        combine({"a": adapter}, "cat")
+    both = combine({"a": (adapter, 0.5)}, "cat", base=base)
+    torch.testing.assert_close(both.delta(TARGET), 0.5 * delta(whole, TARGET, base.host(TARGET)), rtol=1e-5, atol=1e-6)
     bound = (6 / 20) ** 0.5
     assert shared["A"].abs().max() <= bound and shared["A"].abs().max() > 0.8 * bound
 

@@ -117,7 +117,8 @@ def combination(
     for target in chosen:
         updates, dense = sources.updates(target, table, seed)
         product, report = _settled(load_all()[rule](updates, **checked), updates, rank, dense)
-        tensors = {"A": product.A.float().contiguous(), "B": product.B.float().contiguous()}
+        a = product.A.float().contiguous().reshape(len(product.A), *sources.input_axes(target))
+        tensors = {"A": a, "B": product.B.float().contiguous()}
         parts.append(Part("lora", "weight", target, tensors, sources.host_kind(target)))
         reports.append(report)
     told = {name: weight for name, (_, weight) in pairs.items()}
@@ -175,6 +176,11 @@ class _Sources:
     def host_kind(self, target: str) -> HostKind:
         return next(iter(self._parts[target].values()))[1].host
 
+    def input_axes(self, target: str) -> tuple[int, ...]:
+        """What a row of A looks like as stored: `[in]`, or `[channels, *kernel]` of a convolution."""
+        _, part = next(iter(self._parts[target].values()))
+        return tuple(part.tensors["A"].shape[1:]) if part.host == "conv" else (-1,)
+
     def check(self, targets: Iterable[str]) -> None:
         problems, kind, help = list(self._double), TargetError, None
         for target in targets:
@@ -196,7 +202,7 @@ class _Sources:
 
 def _shape(adapter: Adapter, part: Part, base: HostSource | None) -> tuple[int, int]:
     if set(part.tensors) >= {"A", "B"} and part.kind == "lora":
-        return part.tensors["B"].shape[0], part.tensors["A"].shape[1]
+        return part.tensors["B"].shape[0], part.tensors["A"][0].numel()
     return source(adapter, part, base).shape
 
 

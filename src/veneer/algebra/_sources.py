@@ -82,7 +82,7 @@ def source(adapter: Adapter, part: Part, base: HostSource | None) -> Source:
     """The exact update of `part`; NeedsBase or Unsupported say what is in the way."""
     target = part.target
     assert target is not None
-    part = methods.complete(adapter, part)
+    part = methods.complete(adapter if base is None else methods.completed(adapter, base), part)
     part = replace(part, tensors={k: v.detach().to("cpu", torch.float64) for k, v in part.tensors.items()})
     method = methods.method_of(adapter, part)
     host: Host = _Absent(target, part.kind) if base is None else base.host(target)

@@ -120,3 +120,23 @@ class ConvHost(Host):
 
     def feature(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.shape.kernel))
+
+
+class NormHost(Host):
+    """A norm as a host: it has tensors that can be replaced, and no product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self.bias = weight, bias
+        self.shape = HostShape("norm", len(weight), len(weight), bias is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    def weight(self) -> Tensor:
+        """The norm's own vector `[width]`, as the checkpoint stores it."""
+        return self._weight

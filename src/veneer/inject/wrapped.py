@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from veneer.adapter import Part
 from veneer.base.host import Host
@@ -77,10 +78,19 @@ class AdaptedLayer(Adapted):
             return bare
         host = self.host
         for method, part in self.live():
-            output = method.forward(x, part, host)
+            rate = float(dict(method).get("dropout", 0.0)) if self.training else 0.0
+            output = _dropped(method, x, part, host, rate) if rate else method.forward(x, part, host)
             replaces = part.site == "override"
             host = _Replaced(host, *method.merged(part, host)) if replaces else _Around(host, output)
         return output
+
+
+def _dropped(method: Method, x: Tensor, part: Part, host: Host, rate: float) -> Tensor:
+    """The layer's output where what the method adds to it sees an input with dropout, and the layer itself does not."""
+    if host.shape.kind == "embedding":
+        return method.forward(x, part, host)
+    dropped = F.dropout(x, rate)
+    return host.apply(x) + (method.forward(dropped, part, host) - host.apply(dropped))
 
 
 class AdaptedModule(Adapted):

@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint an adapter changes, and how, before a byte is written.
 
-A checkpoint stores a projection as `[out, in]`, GPT-2's Conv1D and embeddings as `[in, out]`; an adapter names module paths.
+A checkpoint stores a projection as `[out, in]`, GPT-2's Conv1D and embeddings as `[in, out]`, a convolution as
+`[out, in, *kernel]`; an adapter names module paths.
 `edits` brings the two together and refuses with every problem at once: a target that isn't there, a size that doesn't fit, a
 method that is no change of a weight, a head that is tied to the embedding.
 
@@ -66,7 +67,7 @@ class Edit:
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(left, right) with update = left @ right as stored, where low-rank parts are all there is, else None."""
-        if self.overrides or self.is_bias or not self.parts:
+        if self.overrides or self.is_bias or not self.parts or self.shape.kind == "conv":
             return None
         pairs = [_factors(method, part, self.shape) for method, part in self.parts]
         found = [pair for pair in pairs if pair is not None]
@@ -99,7 +100,8 @@ class Edit:
         weight = tensors.tensor(self.source) if not self.is_bias else tensors.tensor(f"{_stem(self.name)}.weight")
         bias = tensors.tensor(self.bias_name) if self.bias_name is not None else None
         weight, bias = (weight, value) if self.is_bias else (value, bias)
-        changed, changed_bias = _through(self.parts, DenseHost(weight, bias, kind=self.shape.kind))
+        kind: HostKind = "linear" if self.shape.kind == "conv" else self.shape.kind
+        changed, changed_bias = _through(self.parts, DenseHost(weight.flatten(1), bias, kind=kind))
         if self.is_bias:
             assert changed_bias is not None
             return changed_bias
@@ -108,7 +110,7 @@ class Edit:
                 f"the adapter gives '{self.target}' a bias, and this model has none there",
                 help="serve the adapter as it is, or train it without biases (bias: none)",
             )
-        return changed if self.shape.kind == "linear" else changed.t()
+        return changed.view(stored.shape) if kind == "linear" else changed.t()
 
 
 def _stem(name: str) -> str:
@@ -291,6 +293,8 @@ class Places:
     def shape(self, name: str, kind: HostKind, has_bias: bool) -> HostShape:
         """The size of what is stored under `name`."""
         stored = self._tensors.tensor(name)
+        if kind == "conv":
+            return HostShape(kind, stored[0].numel(), stored.shape[0], has_bias, kernel=tuple(stored.shape[2:]))
         rows, columns = stored.shape[0], stored.shape[-1]
         out, into = (rows, columns) if kind == "linear" else (columns, rows)
         return HostShape(kind, into, out, has_bias)

@@ -90,6 +90,8 @@ class Regime(ABC):
 class Method(BaseModel, ABC):
     """One way to adapt a base. Subclasses are final, frozen, and hold only configuration.
 
+    `summary` is the formula, `use` when to choose it, `limits` what it can't do: the docs have a row of them for each method.
+
     A method with a field `targets` acts where that selects; any other says so itself (`places`).
     """
 
@@ -99,6 +101,8 @@ class Method(BaseModel, ABC):
     site: ClassVar[Site]
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    use: ClassVar[str] = ""
+    limits: ClassVar[str] = ""
     peft: ClassVar[PeftForm | None] = None
     why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
     dense: ClassVar[bool] = False

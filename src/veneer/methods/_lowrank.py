@@ -82,10 +82,7 @@ class ScaledMethod(Method):
         if shape.kind not in ("linear", "conv1d", "conv", "embedding"):
             return f"{shape.kind} layers take no low-rank update"
         if shape.groups > 1:
-            return (
-                f"it is a convolution in {shape.groups} groups: an update of its kernel keeps them apart, and so does no "
-                "low-rank product that other tools read"
-            )
+            return f"it is a convolution in {shape.groups} groups, whose channels a low-rank product would mix"
         rank, most = self.rank_at(target), min(shape.in_features, shape.out_features)
         return f"rank {rank} is above the layer's {most}" if rank > most else None
 

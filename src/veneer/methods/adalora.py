@@ -69,6 +69,8 @@ class AdaLoRA(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2303.10512"
     summary: ClassVar[str] = "W + scale P diag(E) Q"
+    use: ClassVar[str] = "layers differ in how much they need, and the budget of ranks is tight"
+    limits: ClassVar[str] = "the run's length decides the schedule; linear layers; two more numbers of state each"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="ADALORA",
         tensors={"Q": "lora_A", "P": "lora_B", "E": "lora_E"},
@@ -153,11 +155,11 @@ class AdaLoRA(Method):
 
     def folded(self, adapter: Adapter) -> Adapter:
         """Without the triplets whose E is zero, and without the layers that keep none. A fresh adapter stays whole."""
-        alive = {p.target: p.tensors["E"] != 0 for p in adapter.parts if p.kind == self.kind and p.target is not None}
+        alive = {str(p.target): p.tensors["E"] != 0 for p in adapter.parts if p.kind == self.kind}
         if all(bool(mask.all()) for mask in alive.values()) or not any(bool(mask.any()) for mask in alive.values()):
             return adapter
         kept = {target: int(mask.sum()) for target, mask in alive.items()}
-        parts = [_cut(p, alive[p.target]) if p.kind == self.kind else p for p in adapter.parts if kept.get(p.target, 1)]
+        parts = [_cut(p, alive[str(p.target)]) for p in adapter.parts if kept.get(str(p.target))]
         spec = self.model_copy(update={"kept": {target: n for target, n in kept.items() if n not in (0, self.rank)}})
         return replace(adapter, spec=spec, parts=tuple(parts))
 

@@ -29,6 +29,8 @@ class BitFit(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2106.10199"
     summary: ClassVar[str] = "x W^T + b + delta"
+    use: ClassVar[str] = "a very small change of tone or format, on a base that has biases"
+    limits: ClassVar[str] = "little capacity; Llama-like checkpoints have no place for a bias to be merged into"
 
     targets: Names = Field(("all-linear",), description="which layers get a trained bias")
     exclude: Names = Field((), description="layers to leave out")

@@ -4,7 +4,8 @@ houlsby   after attention and after the MLP, before the residual add (arXiv 1902
 pfeiffer  after the MLP only (arXiv 2005.00247)
 parallel  beside the MLP: it reads what the MLP reads, and its output is added to the MLP's, scale 4 (arXiv 2110.04366)
 
-U starts at zero, so the start is exactly the base. Being non-linear, it can't be merged into a weight.
+U starts at zero, so the start is exactly the base. Being non-linear, it can't be merged into a weight. Houlsby's paper also
+trains the norms, later libraries don't: `norms: true` does, as replaced tensors in the same adapter.
 
 The surprise: PEFT has none of these, so the file carries our own names and PEFT refuses it.
 """
@@ -12,11 +13,12 @@ The surprise: PEFT has none of these, so the file carries our own names and PEFT
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, Self, cast, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,6 +47,8 @@ class Bottleneck(Method):
     site: ClassVar[Site] = "sublayer"
     paper: ClassVar[str] = "1902.00751"
     summary: ClassVar[str] = "h + scale f(h D) U"
+    use: ClassVar[str] = "many tasks as modules beside each other, where merging is not needed"
+    limits: ClassVar[str] = "not mergeable; two more products per sublayer when served"
     why_not_mergeable: ClassVar[str] = "it is not linear"
 
     style: Literal["houlsby", "pfeiffer", "parallel"] = Field("pfeiffer", description="where it sits")
@@ -52,6 +56,7 @@ class Bottleneck(Method):
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="the function in the middle")
     strength: float | None = Field(None, gt=0, description="the scale; by default 1, and 4 for parallel")
     layers: str | tuple[int, ...] | None = Field(None, description="block numbers, or last:N, first:N")
+    norms: bool = Field(False, description="train the norms of those blocks too, as Houlsby's paper does")
     modules: Names = Field((), description="on a model outside the table: paths of the modules whose output it takes")
 
     @property
@@ -63,6 +68,21 @@ class Bottleneck(Method):
             return self.modules
         layers = chosen_layers(self.layers, shape.layers)
         return tuple(f"layers.{i}.{sublayer}" for i in layers for sublayer in _SUBLAYERS[self.style])
+
+    @model_validator(mode="after")
+    def _norms_are_known(self) -> Self:
+        if self.norms and self.modules:
+            raise ValueError(
+                "which norms belong to `modules` is not known: train them with a `full` adapter of their own"
+            )
+        return self
+
+    def companions(self, shape: BaseShape, targets: Sequence[str]) -> tuple[tuple[dict[str, Any], str], ...]:
+        layers = chosen_layers(self.layers, shape.layers) if self.norms else ()
+        inside = [
+            path for path in shape.norms if any(part.isdigit() and int(part) in layers for part in path.split("."))
+        ]
+        return tuple(({"kind": "full", "targets": (path,)}, path) for path in inside)
 
     def _width(self, hidden: int) -> int:
         return self.size or max(1, hidden // (2 if self.style == "parallel" else 16))

@@ -1,7 +1,7 @@
 """DoRA: W' = diag(m / c) (W + scale B A), c_j the norm of row j of the bracket; arXiv 2402.09353.
 
 m starts as the row norms of W, so W' = W. The norm c is a constant in the backward pass, as the paper advises. The bias is never
-scaled.
+scaled. With dropout its whole change is of the dropped-out input d(x), as in PEFT: x W^T + (m/c - 1) d(x) W^T + m/c d(x) A^T B^T.
 
 The surprise: c needs no dense product. c_j^2 = |w_j|^2 + 2 s b_j.(A w_j) + s^2 b_j (A A^T) b_j^T takes one `[out, rank]` product
 with the frozen weight, and |w_j|^2 is kept per host. Lowering happens once per optimiser step, and so does this.
@@ -32,6 +32,8 @@ class DoRA(LowRankMethod):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2402.09353"
     summary: ClassVar[str] = "m (W + scale B A) / |row|"
+    use: ClassVar[str] = "LoRA at a low rank falls short, and a few percent of a step are to spare"
+    limits: ClassVar[str] = "can't be added to another update on the same rows"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="LORA",
         when={"use_dora": True},

@@ -29,6 +29,8 @@ class Full(Method):
     kind: ClassVar[str] = "full"
     site: ClassVar[Site] = "override"
     summary: ClassVar[str] = "the weight itself"
+    use: ClassVar[str] = "the upper bound to compare with, or a few layers, norms and heads whole"
+    limits: ClassVar[str] = "as many numbers as the layers have; a dense copy per adapter in memory"
 
     targets: Names = Field(("all-linear",), description="which layers to train whole")
     exclude: Names = Field((), description="layers to leave out")
@@ -36,7 +38,7 @@ class Full(Method):
     only: Literal["weight", "bias"] | None = Field(None, description="train only this tensor of each layer")
 
     def tensor_shapes(self, target: str, shape: HostShape) -> dict[str, tuple[int, ...]]:
-        stored = (shape.out_features, *input_axes(shape))
+        stored = (shape.out_features, *(() if shape.kind == "norm" else input_axes(shape)))
         found: dict[str, tuple[int, ...]] = {"weight": stored[::-1] if _transposed(shape) else stored}
         if shape.has_bias:
             found["bias"] = (shape.out_features,)
@@ -73,7 +75,7 @@ class Full(Method):
             weight = host.weight()
         elif _transposed(host.shape):
             weight = weight.t()
-        return weight.flatten(1).float(), part.tensors.get("bias", host.bias)
+        return (weight if host.shape.kind == "norm" else weight.flatten(1)).float(), part.tensors.get("bias", host.bias)
 
 
 def _transposed(shape: HostShape) -> bool:

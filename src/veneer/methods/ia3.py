@@ -57,6 +57,8 @@ class IA3(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2205.05638"
     summary: ClassVar[str] = "l * (x W^T + b), or (l * x) W^T + b"
+    use: ClassVar[str] = "very few examples, very small files"
+    limits: ClassVar[str] = "little capacity; wants a high learning rate (3e-3)"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="IA3",
         tensors={"out_scale": "ia3_l"},

@@ -34,6 +34,8 @@ class LoRA(LowRankMethod):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2106.09685"
     summary: ClassVar[str] = "W + scale B A"
+    use: ClassVar[str] = "the default: all linear layers, rank 8 to 16; alpha/sqrt(r) above rank 32"
+    limits: ClassVar[str] = "rank up to the layer's smaller side; convolutions on any module only, and without groups"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="LORA",
         when={"use_dora": False},

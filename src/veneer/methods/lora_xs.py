@@ -29,6 +29,8 @@ class LoRAXS(ScaledMethod):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2405.17604"
     summary: ClassVar[str] = "W + scale U_r S_r R V_r^T"
+    use: ClassVar[str] = "thousands of adapters on one base: rank^2 trained numbers a layer"
+    limits: ClassVar[str] = "the file holds the frozen factors too; linear layers"
 
     def refusal(self, target: str, shape: HostShape) -> str | None:
         if shape.kind not in ("linear", "conv1d"):

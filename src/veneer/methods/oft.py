@@ -58,6 +58,8 @@ class OFT(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2306.07280"
     summary: ClassVar[str] = "W R^T, R orthogonal"
+    use: ClassVar[str] = "features of the base should stay: a rotation keeps lengths and angles"
+    limits: ClassVar[str] = "the block divides the layer's inputs; natively a dense copy per adapter; linear layers"
     dense: ClassVar[bool] = True
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="OFT",
@@ -113,7 +115,7 @@ class OFT(Method):
         skew = upper - upper.mT
         one = torch.eye(size, dtype=packed.dtype, device=packed.device).expand_as(skew)
         if self.cayley == "exact":
-            turned = torch.linalg.solve(one + skew, one - skew, left=False)
+            turned: Tensor = torch.linalg.solve(one + skew, one - skew, left=False)
         else:
             turned = _series(one, skew, self.terms)
         return turned.expand(wide // size, size, size)

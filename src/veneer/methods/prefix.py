@@ -58,6 +58,8 @@ class PrefixTuning(Method):
     site: ClassVar[Site] = "kv"
     paper: ClassVar[str] = "2101.00190"
     summary: ClassVar[str] = "attend over [P; K], [P'; V]"
+    use: ClassVar[str] = "steering by example without touching a weight; start it from a text"
+    limits: ClassVar[str] = "native bases; not mergeable; takes positions of the context"
     why_not_mergeable: ClassVar[str] = "it is an addition to the cache, not a change of a weight"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="PREFIX_TUNING",

@@ -45,6 +45,8 @@ class PromptTuning(Method):
     site: ClassVar[Site] = "tokens"
     paper: ClassVar[str] = "2104.08691"
     summary: ClassVar[str] = "[P; E[x]]"
+    use: ClassVar[str] = "the smallest adapter: tasks that a good prompt almost solves, on large bases"
+    limits: ClassVar[str] = "native bases; not mergeable; weak on small bases"
     why_not_mergeable: ClassVar[str] = "it changes the input"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="PROMPT_TUNING",

@@ -31,6 +31,8 @@ class PTuning(Method):
     site: ClassVar[Site] = "tokens"
     paper: ClassVar[str] = "2103.10385"
     summary: ClassVar[str] = "[MLP(E); E[x]]"
+    use: ClassVar[str] = "as prompt tuning, where training the rows themselves is unstable"
+    limits: ClassVar[str] = "native bases; not mergeable"
     why_not_mergeable: ClassVar[str] = "it changes the input"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="P_TUNING",

@@ -41,6 +41,8 @@ class SHiRA(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2406.13175"
     summary: ClassVar[str] = "W + S, S sparse"
+    use: ClassVar[str] = "merged adapters that are swapped often: few entries change, a scatter-add"
+    limits: ClassVar[str] = "natively a dense copy per adapter; linear layers"
     dense: ClassVar[bool] = True
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="SHIRA",

@@ -27,6 +27,8 @@ class TokenRows(Method):
     kind: ClassVar[str] = "token_rows"
     site: ClassVar[Site] = "override"
     summary: ClassVar[str] = "E[tokens] = rows"
+    use: ClassVar[str] = "new or rare tokens of a tokenizer"
+    limits: ClassVar[str] = "an embedding only; the rows are absolute"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="TRAINABLE_TOKENS",
         tensors={"rows": "trainable_tokens_delta"},

@@ -58,6 +58,8 @@ class VeRA(Method):
     site: ClassVar[Site] = "weight"
     paper: ClassVar[str] = "2310.11454"
     summary: ClassVar[str] = "W + diag(b) B diag(d) A"
+    use: ClassVar[str] = "many adapters on one base: rank + out numbers a layer, one pair of matrices for all"
+    limits: ClassVar[str] = "wants a rank of 256 and more; linear layers"
     peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="VERA",
         tensors={"d": "vera_lambda_d", "b": "vera_lambda_b"},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.base.host import DenseHost, Host
+from veneer.base.host import DenseHost, Host, NormHost
 from veneer.base.quantized import QuantizedFrozen, QuantizedHost
 from veneer.errors import ConfigError, NotFound, TargetError, Unsupported
 from veneer.models.bank import EMPTY, Bank, Dropout, spans_of
@@ -146,6 +146,9 @@ class Base:
             return DenseHost(self.decoder.embed, kind="embedding")
         if target == self.layout.head_path and self.config.tied_head:
             return DenseHost(self.decoder.embed)
+        if target in self.shape.norms:
+            name = next(n for n in self.layout.norms if self.layout.tensors[n] == f"{target}.weight")
+            return NormHost(self.decoder.tensors[name], self.decoder.tensors.get(f"{name}_bias"))
         if target not in self._parts:
             raise TargetError(
                 f"'{target}' is not a layer of {self.name} that can carry an adapter",

@@ -143,5 +143,16 @@ class Layout:
             hosts=self.hosts(config),
             tied_head=config.tied_head,
             head=self.head_path,
+            norms={
+                self.tensors[name].removesuffix(".weight"): HostShape(
+                    "norm", config.hidden, config.hidden, f"{name}_bias" in self.tensors
+                )
+                for name in self.norms
+            },
             embed_scale=config.embed_scale,
         )
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Native names of the norms of hidden width, in forward order; those of heads are left out."""
+        return tuple(name for name in self.tensors if name.endswith(("attn_norm", "mlp_norm", "final_norm")))

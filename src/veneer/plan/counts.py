@@ -25,9 +25,10 @@ class _Unloaded:
     shape: BaseShape
 
     def host(self, target: str) -> Host:
-        if target not in self.shape.hosts:
-            raise NotFound(f"the base has no '{target}'", help=did_you_mean(target, list(self.shape.hosts)))
-        return Place(self.shape.hosts[target])
+        known = {**self.shape.hosts, **self.shape.norms}
+        if target not in known:
+            raise NotFound(f"the base has no '{target}'", help=did_you_mean(target, list(known)))
+        return Place(known[target])
 
 
 @dataclass(frozen=True)
