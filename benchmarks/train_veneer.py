@@ -137,7 +137,7 @@ def main() -> None:
     gemm = gemm_rate(dtype)
     rates = []
     for step in range(args.steps + 1):
-        works = [make() for _ in range(args.passes)]
+        works = [make() for _ in range(args.passes if step else 1)]  # the first step only warms up
         begin = time.perf_counter()
         accumulate(run, [work.batch for work in works], sum(float(work.batch.weights.sum()) for work in works))
         update()
