@@ -155,10 +155,13 @@ def _packs_at(bank: Bank, name: str, adapter: int) -> tuple[Pack, ...]:
 
 
 def _with_dropout(group: Group, x: Tensor, packs: Sequence[Pack], spans: Sequence[Span], bank: Bank) -> Tensor:
-    """Base product plus low-rank updates of a dropped-out input: the definition, with one mask per group."""
+    """Base product plus low-rank updates of a dropped-out input d(x): the definition, with one mask per group.
+
+    DoRA's whole change is of the dropped-out input, as in PEFT: x W^T + (m/c - 1) d(x) W^T + m/c d(x) A^T B^T.
+    """
     assert bank.dropout is not None
-    if any(p.out_scale is not None or p.in_scale is not None for p in packs):
-        raise Unsupported("dropout is for low-rank updates; this adapter also scales", help="set dropout: 0")
+    if any(p.in_scale is not None for p in packs):
+        raise Unsupported("dropout is for low-rank updates; this adapter scales its input", help="set dropout: 0")
     dropped = _dropped(x, bank)
     outputs = []
     for span in spans:
@@ -166,7 +169,12 @@ def _with_dropout(group: Group, x: Tensor, packs: Sequence[Pack], spans: Sequenc
         plain = Pack(bias=packs[index].bias) if index >= 0 else Pack()
         y = adapted_linear(rows, group.frozen, group.bias, (plain,), (Span(0, rows.shape[0], 0),))
         if index >= 0:
-            y = y + _low_rank(packs[index], dropped[span.start : span.stop], group.out_features)
+            own, scale = dropped[span.start : span.stop], packs[index].out_scale
+            update = _low_rank(packs[index], own, group.out_features)
+            if scale is not None:
+                again = adapted_linear(own, group.frozen, None, (), (Span(0, own.shape[0], -1),))
+                update = (scale - 1).to(y.dtype) * again + scale.to(y.dtype) * update
+            y = y + update
         outputs.append(y)
     return torch.cat(outputs)
 
