@@ -276,6 +276,30 @@ def test_replacing_and_removing_while_a_stream_runs_leaves_the_stream_alone() ->
         running.submit(Request(prompt, adapter="a"))
 
 
+def test_an_unload_with_a_deadline_ends_the_answers_that_outlast_it() -> None:
+    now = [0.0]
+    base = small_base()
+    running = engine(base, clock=lambda: now[0])
+    old = lora(base, 1)
+    running.add("a", old)
+    running.add("b", lora(base, 2))
+    running.submit(Request(ids(0, 9), adapter="a", max_tokens=50, n=2, id="long"))
+    running.submit(Request(ids(1, 9), adapter="b", max_tokens=20, id="other"))
+    running.step()
+    running.step()  # the second choice enters when the first has read the prompt
+    running.unload(old.digest, deadline=5.0)
+    now[0] = 4.9
+    assert not any(isinstance(e, Failed) for e in running.step())
+    assert running.residency.slots.states()[old.digest] == "draining"
+    now[0] = 5.0
+    failed = [e for e in running.step() if isinstance(e, Failed)]
+    assert [(e.id, e.choice) for e in failed] == [("long", 0), ("long", 1)]
+    assert "unloaded" in str(failed[0].error)
+    assert running.residency.slots.states()[old.digest] == "available"
+    assert [e.id for e in _drain(running) if isinstance(e, Finished)] == ["other"]
+    assert tokens(running, [Request(ids(0, 9), adapter="a", max_tokens=5)])[0], "it is loaded again"
+
+
 def _drain(running: Engine) -> list[Any]:
     events = []
     while running.busy:

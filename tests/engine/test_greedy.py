@@ -22,7 +22,9 @@ MB = 1 << 20
 
 def generated(model: Any, prompt: list[int], count: int) -> list[int]:
     """What transformers' own loop says."""
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     return [int(token) for token in out[0, len(prompt) :]]
 
 
@@ -88,7 +90,9 @@ def test_adapters_on_the_real_base_say_what_peft_says(tmp_path: Path) -> None:
         fresh = create(base, LoRA(rank=4 + 4 * seed, alpha=16), torch.Generator().manual_seed(seed))
         _moved(fresh, seed).save(tmp_path / str(seed))
         running.add(str(seed), Adapter.load(tmp_path / str(seed)))
-    answers = running.complete([Request(prompt, adapter=str(seed), max_tokens=24, ignore_eos=True) for seed in range(3)])
+    answers = running.complete(
+        [Request(prompt, adapter=str(seed), max_tokens=24, ignore_eos=True) for seed in range(3)]
+    )
     assert len({answer.tokens for (answer,) in answers}) == 3
     for seed, (answer,) in enumerate(answers):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.small import ids, lora, lowered_of, plain_greedy, small_base
-from tests.engine.test_engine import METHODS, MB, Shelf, engine, shaken, tokens
+from tests.engine.test_engine import MB, METHODS, Shelf, engine, shaken, tokens
 from veneer.engine import Engine, Finished, Request
 from veneer.engine.hot import merge_beside
 from veneer.errors import Conflict, FormatError, Unsupported

@@ -121,14 +121,12 @@ class Largest(TorchDispatchMode):
         self.what = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                if tensor.numel() > self.numel:
-                    self.numel, self.what = tensor.numel(), f"{func} {tuple(tensor.shape)}"
+            fresh = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given
+            if fresh and tensor.numel() > self.numel:
+                self.numel, self.what = tensor.numel(), f"{func} {tuple(tensor.shape)}"
         return out
 
 

@@ -39,9 +39,12 @@ def command(
     new_key: Annotated[str | None, typer.Option("--new-key", metavar="NAME", help="Print a new key and stop.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
     quantize: Annotated[
-        str | None, typer.Option("--quantize", help="int8: read as it lies. 4-bit formats: dequantised once, at the start.")
+        str | None,
+        typer.Option("--quantize", help="int8: read as it lies. 4-bit formats: dequantised once, at the start."),
     ] = None,
-    hot: Annotated[str | None, typer.Option("--hot", metavar="NAME", help="An adapter to merge beside the base.")] = None,
+    hot: Annotated[
+        str | None, typer.Option("--hot", metavar="NAME", help="An adapter to merge beside the base.")
+    ] = None,
     streams: Annotated[int, typer.Option("--streams", min=1, help="Answers computed at once.")] = 64,
     distinct: Annotated[int, typer.Option("--adapters", min=1, help="Distinct adapters computed at once.")] = 32,
     kv_memory: Annotated[float | None, typer.Option("--kv-memory", min=0.01, help="GB for keys and values.")] = None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.engine.engine import Engine as Engine
+    from veneer.engine.hot import Heat as Heat
     from veneer.engine.request import Constraint as Constraint
     from veneer.engine.request import Delta as Delta
     from veneer.engine.request import Event as Event
@@ -37,6 +38,7 @@ _HOME = {
     "Limits": "scheduler",
     "AdapterSource": "source",
     "Found": "source",
+    "Heat": "hot",
 }
 
 __all__ = sorted(_HOME)

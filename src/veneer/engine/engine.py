@@ -102,6 +102,7 @@ class Engine:
         self._spell = speller_of(base.tokenizer)
         self._decode: Callable[[Sequence[int]], str] = _no_text if base.tokenizer is None else base.tokenizer.decode
         self._requests: dict[str, list[Answer]] = {}
+        self._deadlines: dict[str, float] = {}
         self._numbers = itertools.count()
         self.last_step: StepReport | None = None
 
@@ -135,10 +136,15 @@ class Engine:
             self.residency.slots.pin(recipe.key)
         return state
 
-    def unload(self, digest: str) -> int:
-        """Free an adapter's memory once nobody uses it; bytes freed at once. Its name stays known."""
+    def unload(self, digest: str, *, deadline: float | None = None) -> int:
+        """Free an adapter's memory once nobody uses it; bytes freed at once. Its name stays known.
+
+        Answers that still use it after `deadline` seconds fail; without one they have all the time they need.
+        """
         freed = self.cool() if self._hot.adapter == digest else 0
         freed += self.residency.unload(digest)
+        if deadline is not None:
+            self._deadlines[digest] = self._clock() + deadline
         self._runner.forget_bank()
         return freed
 
@@ -295,9 +301,7 @@ class Engine:
             events += self._fail_stuck()
             return events
         start = time.perf_counter()
-        residents = {
-            key: self.residency.payload(key) for key in {seq.adapter for seq in step.seqs if seq.adapter}
-        }
+        residents = {key: self.residency.payload(key) for key in {seq.adapter for seq in step.seqs if seq.adapter}}
         merged = bool(self._hot.adapter) and residents.keys() == {self._hot.adapter}
         merged = merged and all(seq.adapter for seq in step.seqs)
         scores = self._runner.run(step, residents, self._hot.merged if merged else None)
@@ -372,7 +376,20 @@ class Engine:
             for id, answers in self._requests.items()
             if answers and _overdue(answers[0].ticket.request.timeout, answers[0].seq.arrived, now)
         ]
-        return [event for id in late for event in self.cancel(id, "timeout")]
+        return [event for id in late for event in self.cancel(id, "timeout")] + self._fail_unloaded(now)
+
+    def _fail_unloaded(self, now: float) -> list[Event]:
+        """Answers of adapters that had to go by now."""
+        gone = {digest for digest, when in self._deadlines.items() if now >= when}
+        if not gone:
+            return []
+        for digest in gone:
+            del self._deadlines[digest]
+        states = self.residency.slots.states()
+        gone = {digest for digest in gone if states.get(digest) == "draining"}  # not one that came back meanwhile
+        left = [a for a in self._answers.values() if a.holds and a.seq.adapter in gone]
+        error = Conflict("the adapter was unloaded before this answer was finished", help="ask again: it is loaded anew")
+        return [self._fail(answer, error, now) for answer in left]
 
     def _fail_refused(self) -> Iterator[Event]:
         refused, self._admission.refused = self._admission.refused, []

@@ -3,13 +3,13 @@
     W' = round(W + dW)      for every projection that the adapter changes
 
 A step whose rows are all the hot adapter's runs on the merged tensors, at the speed of the bare base; a step with anybody else in
-it runs on the base with packed factors, as always. So other adapters are served meanwhile, and the pass over the weights stays one.
-Swapping is another reference for the next step. The base's tensors are only read: there is nothing to restore. Their checksum
-is taken before the merge and compared after the merged set has been dropped, and both say so in bytes and digests.
+it runs on the base with packed factors, as always. So other adapters are served meanwhile, and the pass over the weights stays
+one. Swapping is another reference for the next step. The base's tensors are only read: there is nothing to restore. Their
+checksum is taken before the merge and compared after the merged set has been dropped.
 
-The surprise: merged weights are rounded to the base's dtype, so in bf16 a part of the update is lost (`Heat.lost`), and an answer's
-last bits depend on whether it had company. That is why the reproducible mode refuses, and why prefixes stored by such an adapter
-are forgotten when it cools.
+The surprise: merged weights are rounded to the base's dtype, so in bf16 a part of the update is lost (`Heat.lost`), and the last
+bits of an answer depend on whether it had company. That is why the reproducible mode refuses, and why prefixes stored by such an
+adapter are forgotten when it cools.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _held(decoder: Decoder) -> dict[str, Tensor]:
 def _merged_group(
     name: str, group: Group, adapter: Adapter, base: Base, here: set[str], squares: list[float]
 ) -> dict[str, Tensor]:
-    """A new weight for the group, and a new bias where the adapter changes it. `squares` sums what rounding took, and the update."""
+    """A new weight for the group, and a new bias where the adapter changes it. `squares`: what rounding took, and the update."""
     assert isinstance(group.frozen, DenseFrozen)
     old = group.frozen.weight
     weight = old.clone(memory_format=torch.contiguous_format)

@@ -148,7 +148,7 @@ class KVBook:
         return ids
 
     def forget(self, owner: str) -> list[int]:
-        """Let nobody start from what sequences of adapter `owner` stored up to now; ids of the leftovers among them, to be freed."""
+        """Let nobody start from what sequences of adapter `owner` stored; ids of the leftovers among them, to be freed."""
         gone = [i for i, e in self._entries.items() if not e.live and e.owner == owner]
         for id in gone:
             self._drop(id)

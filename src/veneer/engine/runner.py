@@ -84,9 +84,7 @@ class Runner:
                 self.arena.seat(seq.id, seq.virtual + seq.stored)
             self.arena.reserve(seq.id, seq.virtual + seq.stored + work.count)
 
-    def _forward(
-        self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int]
-    ) -> Scores | None:
+    def _forward(self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int]) -> Scores | None:
         """One pass; `places` are the adapters' places in the bank."""
         segments: list[Segment] = []
         tokens: list[int] = []

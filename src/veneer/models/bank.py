@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -302,7 +303,13 @@ def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
         else:
             spans.append(Span(row, row + segment.length, segment.adapter))
         row += segment.length
-    return tuple(spans)
+    return one_of(tuple(spans))
+
+
+@lru_cache(maxsize=64)
+def one_of(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """The same tuple for equal spans: what is remembered of a mix of rows is found by identity, a hundred times a step."""
+    return spans
 
 
 def compose(parts: Sequence[Lowered]) -> Lowered:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import Unsupported
-from veneer.models.bank import Bank, Packed
+from veneer.models.bank import Bank, Packed, one_of
 from veneer.models.config import PartSpec
 from veneer.models.group import Group
 from veneer.ops.gated import activate
 from veneer.ops.low_rank import Pack, adapted_linear
+from veneer.ops.pack import Packs
 from veneer.types import Bottleneck, Override, Span, Sublayer
 
 
@@ -44,6 +45,12 @@ def packs_of(packed: Packed | None, spans: Sequence[Span]) -> tuple[tuple[Pack, 
     """The packs of one group, and the spans with indices into them; neighbours alike become one span."""
     if packed is None:
         return (), (Span(spans[0].start, spans[-1].stop, -1),) if spans else ()
+    if isinstance(packed.packs, Packs) and isinstance(spans, tuple):
+        return packed.packs, packed.packs.placed(spans, lambda these: _placed(packed, these))
+    return packed.packs, _placed(packed, spans)
+
+
+def _placed(packed: Packed, spans: Sequence[Span]) -> tuple[Span, ...]:
     own: list[Span] = []
     for span in spans:
         index = packed.slot[span.index] if span.index >= 0 else -1
@@ -51,7 +58,7 @@ def packs_of(packed: Packed | None, spans: Sequence[Span]) -> tuple[tuple[Pack, 
             own[-1] = Span(own[-1].start, span.stop, index)
         else:
             own.append(Span(span.start, span.stop, index))
-    return packed.packs, tuple(own)
+    return tuple(own)
 
 
 def spans_at(spans: Sequence[Span], rows: Tensor) -> tuple[Span, ...]:
@@ -60,7 +67,7 @@ def spans_at(spans: Sequence[Span], rows: Tensor) -> tuple[Span, ...]:
         return ()
     edges = torch.tensor([s.start for s in spans] + [spans[-1].stop], device=rows.device)
     cuts: list[int] = torch.searchsorted(rows, edges).tolist()
-    return tuple(Span(a, b, s.index) for a, b, s in zip(cuts[:-1], cuts[1:], spans, strict=True) if b > a)
+    return one_of(tuple(Span(a, b, s.index) for a, b, s in zip(cuts[:-1], cuts[1:], spans, strict=True) if b > a))
 
 
 def with_bottlenecks(

@@ -19,6 +19,7 @@ from veneer.ops.native import few
 from veneer.ops.native import rows as native_rows
 from veneer.ops.pack import Pack
 from veneer.ops.prologue import Prologue
+from veneer.ops.recording import unrecorded
 
 Rows = list[tuple[slice, int]]
 """Row ranges, and which of the packs in use applies to each."""
@@ -74,7 +75,7 @@ class Adapted(torch.autograd.Function):
         return (d_source, None, None, None, None, None, *grads.flat())
 
 
-@torch.no_grad()
+@unrecorded
 def infer(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: list[Pack], rows: Rows) -> Tensor:
     """The forward pass alone."""
     cast = _cast(packs, x.dtype)

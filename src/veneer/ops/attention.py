@@ -20,6 +20,7 @@ from veneer.ops import blocks
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.native import attention as native
 from veneer.ops.native import few
+from veneer.ops.recording import unrecorded
 
 Prefix: TypeAlias = Sequence[tuple[Tensor, Tensor] | None]
 """Per sequence: keys and values `[p, K, D]` that stand before it, or None."""
@@ -63,7 +64,7 @@ def attention_over(
     return _Attention.apply(q, k, v, pieces, Scores(scale, window, softcap))  # type: ignore[no-any-return, no-untyped-call]
 
 
-@torch.no_grad()
+@unrecorded
 def decode_attention(
     q: Float[Tensor, "b heads d"],
     k: Float[Tensor, "b t kv d"],

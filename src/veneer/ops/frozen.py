@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.native import few
+from veneer.ops.recording import unrecorded
 
 
 @runtime_checkable
@@ -61,7 +62,7 @@ class DenseFrozen:
     def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:
         return product(dy, self.weight)
 
-    @torch.no_grad()
+    @unrecorded
     def scores(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n out"]:
         """`apply` in fp32, for scores over a vocabulary: two tokens may differ by less than bf16 can say.
 
@@ -71,7 +72,7 @@ class DenseFrozen:
         return self.apply(x).to(torch.promote_types(x.dtype, torch.float32)) if found is None else found
 
 
-@torch.no_grad()
+@unrecorded
 def product(x: Float[Tensor, "n k"], w: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
     """x w, by the library that is fastest at it. No gradient is recorded."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= 16 and _onednn():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.native import rows
-from veneer.ops.recording import recorded
+from veneer.ops.recording import recorded, unrecorded
 from veneer.registry import Registry
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ class _Gated(torch.autograd.Function):
         return gated_slope(gate_up, dy, ctx.name), None
 
 
-@torch.no_grad()
+@unrecorded
 def gated_value(gate_up: Float[Tensor, "n twice"], name: str) -> Float[Tensor, "n width"]:
     """act(gate) * up, without a gradient."""
     fast = rows.gated_forward(gate_up, name)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from veneer.ops.recording import unrecorded
+
 TINY = 1e-38
 
 
@@ -53,7 +55,7 @@ FEW = 8
 """Rows up to which a product reads the codes where they lie; for more, a dense copy is made once and multiplied faster."""
 
 
-@torch.no_grad()
+@unrecorded
 def few_rows(x: Float[Tensor, "n columns"], stored: Int8Rows) -> Float[Tensor, "n rows"] | None:
     """x deq(W)^T without the dense weight, or None where torch has no kernel for it: decoding reads half the bytes of bf16.
 

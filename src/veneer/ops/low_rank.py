@@ -23,7 +23,7 @@ from veneer.ops.mixed import plan
 from veneer.ops.native import few
 from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
-from veneer.ops.recording import recorded
+from veneer.ops.recording import recorded, unrecorded
 from veneer.types import Span
 
 __all__ = [
@@ -113,6 +113,9 @@ def _run(
     packs: Sequence[Pack],
     spans: Sequence[Span],
 ) -> Tensor:
+    if not packs and not recorded(source):
+        y = frozen.apply(prologue.value(source))
+        return y if bias is None else y.add_(bias.to(y.dtype))
     if not torch.is_grad_enabled() and isinstance(packs, Packs):
         planned = packs.remembered(tuple(spans), source.dtype, plan)
         found = None if planned is None else planned.run(prologue.value(source), frozen, bias)
@@ -144,7 +147,7 @@ def _short(spans: Sequence[Span], packs: list[Pack], frozen: Frozen) -> bool:
     return adapted > 2 and waste <= SHORT * adapted
 
 
-@torch.no_grad()
+@unrecorded
 def _infer_stacked(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor) -> Tensor:
     """`adapted_linear` over stacked packs: row n belongs to pack numbers[n]."""
     if packs.in_scales is not None:

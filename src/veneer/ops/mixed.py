@@ -17,6 +17,7 @@ from veneer.ops.adapted import Rows, add_low_rank, finish, scaled
 from veneer.ops.frozen import Frozen
 from veneer.ops.native import mixed
 from veneer.ops.pack import Pack
+from veneer.ops.recording import unrecorded
 from veneer.types import Span
 
 
@@ -35,7 +36,7 @@ class Plan:
     rows: Rows
     vectors: bool
 
-    @torch.no_grad()
+    @unrecorded
     def run(self, x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor | None:
         """`adapted_linear` by this plan, or None where the kernel refuses these tensors."""
         x = scaled(x, self.packs, self.rows) if self.vectors else x

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.native import rows
-from veneer.ops.recording import recorded
+from veneer.ops.recording import recorded, unrecorded
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, None
 
 
-@torch.no_grad()
+@unrecorded
 def rms_norm_value(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y, and 1 / rms of each row `[*rows, 1]`."""
     found = rows.rms_forward(x, weight, eps, offset)

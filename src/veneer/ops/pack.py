@@ -65,12 +65,24 @@ class Packs(tuple[Pack, ...]):
 
     _last: tuple[tuple[int, ...], torch.dtype, Stacked] | None = None
     _plan: tuple[tuple[Span, ...], torch.dtype, Any] | None = None
+    _placed: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
+
+    def placed(self, spans: tuple[Span, ...], place: Callable[[Sequence[Span]], tuple[Span, ...]]) -> tuple[Span, ...]:
+        """What `place` made of these very spans the last time: the layers of a pass ask with one and the same tuple."""
+        if self._placed is None or self._placed[0] is not spans:
+            found = place(spans)
+            if self._placed is not None and self._placed[1] == found:
+                found = self._placed[1]
+            self._placed = (spans, found)
+        return self._placed[1]
 
     def remembered(self, spans: tuple[Span, ...], dtype: torch.dtype, make: Planner[P]) -> P | None:
         """What `make` gave for these spans the last time they were asked for."""
-        if self._plan is None or self._plan[0] != spans or self._plan[1] != dtype:
+        known = self._plan
+        if known is None or (known[0] is not spans and known[0] != spans) or known[1] != dtype:
             self._plan = (spans, dtype, make(self, spans, dtype))
-        found: P | None = self._plan[2]
+            known = self._plan
+        found: P | None = known[2]
         return found
 
     def stacked(self, used: tuple[int, ...], dtype: torch.dtype, in_features: int, out_features: int) -> Stacked:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.native import rows
-from veneer.ops.recording import recorded
+from veneer.ops.recording import recorded, unrecorded
 
 
 def rotary_reference(
@@ -48,7 +48,7 @@ class _Rotary(torch.autograd.Function):
         return turned(dy, cos, sin, back=True), None, None
 
 
-@torch.no_grad()
+@unrecorded
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """`rotary` by the angles, or back by them, without a gradient: a new, contiguous tensor."""
     found = rows.rotary(x, cos, sin, back=back)

@@ -33,6 +33,10 @@ class Pin(Wire):
     pinned: bool = True
 
 
+class Unload(Wire):
+    deadline: float | None = Field(None, ge=0, description="Seconds after which answers that still use it fail")
+
+
 class Move(Wire):
     """Point `alias` at `ref` (`name@version`)."""
 
@@ -101,13 +105,14 @@ async def load(ref: str, request: Request, body: Pin | None = None) -> dict[str,
 
 
 @router.post("/admin/adapters/{ref}/unload", **told(answers.Unloaded))
-async def unload(ref: str, request: Request) -> dict[str, Any]:
+async def unload(ref: str, request: Request, body: Unload | None = None) -> dict[str, Any]:
     """Free an adapter's memory as soon as no stream uses it. It stays in the library, and a request loads it again."""
     service = _allowed(request, "load")
     found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
     _one_adapter(ref, found.uses)
     digest = found.digests[0]
-    freed = await service.loop.call(lambda: service.engine.unload(digest))
+    deadline = None if body is None else body.deadline
+    freed = await service.loop.call(lambda: service.engine.unload(digest, deadline=deadline))
     states = await service.loop.call(service.engine.residency.slots.states)
     return {"ref": found.uses[0].name, "digest": digest, "state": states.get(digest, "available"), "freed_bytes": freed}
 

@@ -139,7 +139,9 @@ class _Live(Collector):
         memory = {"used": now.adapter_bytes, "merged": now.merged_bytes, "budget": now.adapter_budget}
         yield _labelled("veneer_adapter_bytes", "Memory of resident adapters", "kind", memory)
         yield GaugeMetricFamily(
-            "veneer_base_dequantised_bytes", "Dense copy of a 4-bit base, made at the start", value=now.dequantised_bytes
+            "veneer_base_dequantised_bytes",
+            "Dense copy of a 4-bit base, made at the start",
+            value=now.dequantised_bytes,
         )
         yield _labelled("veneer_kv_bytes", "Memory of keys and values", "kind", now.kv)
         events = CounterMetricFamily("veneer_adapter_events", "Adapter hits, misses, loads, ...", labels=["event"])

@@ -14,7 +14,6 @@ from veneer.engine.source import Found
 from veneer.errors import NotFound
 from veneer.library import Library, Version, parse_reference, route
 
-
 _TEMPLATES = 4096
 """Versions whose chat template is remembered."""
 

@@ -36,13 +36,33 @@ def library() -> ctypes.CDLL | None:
         log.info("native kernels: off (%s)", reason)
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return _typed(ctypes.CDLL(str(_compiled())))
     except (OSError, subprocess.SubprocessError) as problem:
         detail = getattr(problem, "stderr", None) or problem
         log.warning(
             "native kernels: off, as they could not be built; the plain forms are slower. %s", str(detail)[:500]
         )
         return None
+
+
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+_SIGNATURES = {
+    "few_rows": "plplllplii",
+    "few_scores": "plplllpli",
+    "decode_attention": "pppllllplllllfpi",
+    "low_rank_rows": "pplplpllpli",
+    "rms_forward": "plllpfppi",
+    "rotary": "plllllppfpi",
+    "gated_forward": "pllffpi",
+}
+"""Arguments of the kernels that decoding calls hundreds of times a step: p pointer, l long, i int, f float. So ctypes takes plain
+numbers, which costs half of wrapping each by hand."""
+
+
+def _typed(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    for name, letters in _SIGNATURES.items():
+        getattr(kernels, name).argtypes = [_KINDS[letter] for letter in letters]
+    return kernels
 
 
 def _obstacle() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     """x `[n, k]` times weight `[m, k]` transposed."""
     if not _fits(x, weight):
         return None
-    y = torch.empty(len(x), len(weight), dtype=x.dtype)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     return y if _run(x, weight, y, add=False) else None
 
 
@@ -29,16 +28,16 @@ MANY = 64
 
 def scores(x: Tensor, weight: Tensor) -> Tensor | None:
     """x `[n, k]` times weight `[m, k]` transposed, fp32 as it was summed: for scores over a vocabulary."""
-    if not _suits(x, weight) or len(x) > MANY:
+    if not _suits(x, weight) or x.shape[0] > MANY:
         return None
     kernels = library()
     if kernels is None:
         return None
-    y = torch.empty(len(x), len(weight), dtype=torch.float32)
+    (n, k), m = x.shape, weight.shape[0]
+    y = torch.empty(n, m, dtype=torch.float32)
     kernels.few_scores(
-        c_void_p(x.data_ptr()), c_long(x.stride(0)), c_void_p(weight.data_ptr()), c_long(len(x)), c_long(len(weight)),
-        c_long(x.shape[1]), c_void_p(y.data_ptr()), c_long(y.stride(0)), c_int(torch.get_num_threads()),
-    )  # fmt: skip
+        x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), torch.get_num_threads()
+    )
     return y
 
 
@@ -48,7 +47,7 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    return len(x) <= FEW and _suits(x, weight)
+    return x.shape[0] <= FEW and _suits(x, weight)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -60,10 +59,10 @@ def _run(x: Tensor, weight: Tensor, y: Tensor, *, add: bool) -> bool:
     kernels = library()
     if kernels is None:
         return False
+    (n, k), m = x.shape, weight.shape[0]
     kernels.few_rows(
-        c_void_p(x.data_ptr()), c_long(x.stride(0)), c_void_p(weight.data_ptr()), c_long(len(x)), c_long(len(weight)),
-        c_long(x.shape[1]), c_void_p(y.data_ptr()), c_long(y.stride(0)), c_int(add), c_int(torch.get_num_threads()),
-    )  # fmt: skip
+        x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), add, torch.get_num_threads()
+    )
     return True
 
 
@@ -79,8 +78,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> 
         return None
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
     kernels.decode_attention(
-        *(c_void_p(x.data_ptr()) for x in (q, k, v)), *(c_long(x.stride(i)) for i in (0, 1) for x in (k, v)),
-        (ctypes.c_int64 * b)(*lengths), *(c_long(size) for size in (b, heads, kv, d, how.window or 0)), c_float(how.scale),
-        c_void_p(out.data_ptr()), c_int(torch.get_num_threads()),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+        (ctypes.c_int64 * b)(*lengths), b, heads, kv, d, how.window or 0, how.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

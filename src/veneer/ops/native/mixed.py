@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import c_int, c_int32, c_int64, c_long, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,8 @@ class Jobs:
         if not x.dtype == y.dtype == torch.bfloat16:
             return False
         done = kernels.low_rank_rows(
-            self.jobs, self.owner, c_long(len(self.owner)), self.block, c_long(len(self.block)),
-            c_void_p(x.data_ptr()), c_long(x.stride(0)), c_long(self.width), c_void_p(y.data_ptr()), c_long(y.stride(0)),
-            c_int(torch.get_num_threads()),
+            self.jobs, self.owner, len(self.owner), self.block, len(self.block), x.data_ptr(), x.stride(0), self.width,
+            y.data_ptr(), y.stride(0), torch.get_num_threads(),
         )  # fmt: skip
         return bool(done)
 

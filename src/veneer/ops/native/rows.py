@@ -44,18 +44,30 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def _factor(weight: Tensor, offset: float) -> Tensor:
+    wide = weight.to(torch.float32).contiguous()
+    return wide.add(offset) if offset else wide
+
+
 def rms_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor] | None:
     """y and 1 / rms `[*rows, 1]`."""
     kernels = _kernels(x)
     if kernels is None:
         return None
-    rows, w = _flat(x), weight.to(torch.float32).add(offset)
+    rows, w = _flat(x), _factor(weight, offset)
     y, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
     n, d = rows.shape
     kernels.rms_forward(
-        _pointer(rows), c_long(rows.stride(0)), c_long(n), c_long(d), _pointer(w), c_float(eps), _pointer(y), _pointer(inverse),
-        _threads(),
-    )  # fmt: skip
+        rows.data_ptr(),
+        rows.stride(0),
+        n,
+        d,
+        w.data_ptr(),
+        eps,
+        y.data_ptr(),
+        inverse.data_ptr(),
+        torch.get_num_threads(),
+    )
     return y, inverse
 
 
@@ -64,7 +76,7 @@ def rms_backward(x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor, offset:
     kernels = _kernels(x, dy)
     if kernels is None:
         return None
-    rows, w, dy = _flat(x), weight.to(torch.float32).add(offset), dy.contiguous()
+    rows, w, dy = _flat(x), _factor(weight, offset), dy.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype)
     n, d = rows.shape
     kernels.rms_backward(
@@ -85,8 +97,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor | None:
     y = torch.empty(x.shape, dtype=x.dtype)
     n, heads, d = x.shape
     kernels.rotary(
-        _pointer(x), c_long(x.stride(0)), c_long(n), c_long(heads), c_long(d), c_long(half), _pointer(cos), _pointer(sin),
-        c_float(-1.0 if back else 1.0), _pointer(y), _threads(),
+        x.data_ptr(), x.stride(0), n, heads, d, half, cos.data_ptr(), sin.data_ptr(), -1.0 if back else 1.0, y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -99,7 +111,7 @@ def gated_forward(gate_up: Tensor, name: str) -> Tensor | None:
         return None
     y = torch.empty(n, f, dtype=gate_up.dtype)
     k, e = SMOOTH[name]
-    kernels.gated_forward(_pointer(gate_up), c_long(n), c_long(f), c_float(k), c_float(e), _pointer(y), _threads())
+    kernels.gated_forward(gate_up.data_ptr(), n, f, k, e, y.data_ptr(), torch.get_num_threads())
     return y
 
 
