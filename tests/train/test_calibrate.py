@@ -20,8 +20,10 @@ from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.train import lots
 from veneer.train.calibrate import calibrate, gradients, spread
+from veneer.train.config import TrainConfig
 from veneer.train.inputs import Directions, covariances, input_directions
 from veneer.train.loop import pass_loss
+from veneer.train.run import Task, run_task
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +183,13 @@ def test_what_cannot_be_gathered_is_refused(base: Base, dataset: Dataset) -> Non
         calibrate(base, LoRA(rank=2, init="corda_kpm"), dataset, 0)
     with pytest.raises(ConfigError, match="tokens for 500"):
         calibrate(base, PrefixTuning(num_tokens=500, encoder=0, init="text", init_text="short"), dataset, 0)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_run_tells_how_far_its_calibration_is(base: Base, dataset: Dataset, tmp_path: Path, init: str) -> None:
+    shares: list[float] = []
+    config = TrainConfig(max_steps=1, tokens_per_step=100)
+    task = Task(LoRA(rank=2, init=init), config, dataset, looking=shares.append)
+    for _ in run_task(base, task, tmp_path / "run"):
+        pass
+    assert shares == sorted(shares) and shares[-1] == 1.0

@@ -62,7 +62,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,6 +127,7 @@ def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
     tasks = {str(r.config.out): (read_task(base, r), r.config.out) for r in runs}
     reasons: dict[str, str] = {}
     with stop_flag() as should_stop, progress(list(tasks)) as show:
+        tasks = {n: (replace(task, looking=partial(show.calibration, n)), out) for n, (task, out) in tasks.items()}
         for name, event in run_many(base, tasks, resume=resume, should_stop=should_stop):
             if isinstance(event, Preflight) and not quiet:
                 show_preflight(event, name if len(runs) > 1 else "")
@@ -221,6 +223,10 @@ class Show:
             )
             for n in names
         }
+
+    def calibration(self, name: str, share: float) -> None:
+        """A data-driven start looks at the data before the first step."""
+        self.bar.update(self.ids[name], total=100, completed=round(100 * share), visible=True)
 
     def __call__(self, name: str, event: Event) -> None:
         from veneer.train import Evaluation, Step

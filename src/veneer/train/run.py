@@ -43,6 +43,7 @@ from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
 from veneer.train.events import Evaluation, Event, Preflight, Step
 from veneer.train.loop import Run, fit
+from veneer.train.lots import Progress
 from veneer.train.memory import Fit, dropout_of, fit_memory
 from veneer.train.optim import FlatParameters
 from veneer.train.optimizers import load_all as load_optimizers
@@ -54,7 +55,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is trained on what: plain values, no file names."""
+    """What is trained on what: plain values, no file names. `looking` is told the share of the calibration that is done."""
 
     spec: Method
     config: TrainConfig
@@ -63,6 +64,7 @@ class Task:
     general: Dataset | None = None
     resolved: Resolved | None = None
     notes: tuple[str, ...] = ()
+    looking: Progress = lambda share: None
 
 
 def run_task(
@@ -112,7 +114,7 @@ def _prepare(base: Base, task: Task, sizes: Fit, folder: Path) -> tuple[Run, dic
     generators = {name: torch.Generator() for name in ("init", "dropout")}
     for offset, generator in enumerate(generators.values()):
         generator.manual_seed(task.config.seed * 1009 + offset)
-    stats = calibrate(base, task.spec, task.dataset, task.config.seed, general=task.general)
+    stats = calibrate(base, task.spec, task.dataset, task.config.seed, task.looking, task.general)
     spec = spread(task.spec, stats)
     spec = spec if base.tokenizer is None else spec.prepared(base.tokenizer.encode)
     adapter = create(base, spec, generators["init"], stats=stats, provenance=provenance(base, task))
