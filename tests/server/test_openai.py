@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,8 +224,15 @@ def test_tools_images_and_nonsense_are_refused(running: Running) -> None:
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
 
 
-def test_a_client_that_leaves_frees_what_it_held(running: Running) -> None:
-    scheduler = running.service.engine.scheduler
+def test_a_client_that_leaves_frees_what_it_held(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = running.service.engine
+    scheduler, step = engine.scheduler, engine.step
+
+    def slowly() -> Any:
+        time.sleep(0.05)  # the whole answer would take 24 s, longer than `eventually` waits
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
     body = {"model": "tickets", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": True}
     with running.client().stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
@@ -233,7 +241,7 @@ def test_a_client_that_leaves_frees_what_it_held(running: Running) -> None:
     with pytest.raises(httpx.ReadTimeout):
         running.client().post("/v1/completions", json={**body, "stream": False}, timeout=0.3)
     assert eventually(lambda: not scheduler.running and not scheduler.waiting)
-    assert running.service.engine.book.promised == 0
+    assert engine.book.promised == 0
 
 
 def test_many_streams_of_many_adapters_at_once(running: Running) -> None:
