@@ -27,6 +27,7 @@ OWN: dict[str, dict[str, Any]] = {
     "full": {"targets": ("down_proj",), "layers": "last:4"},
     "shira": {"rank": 2, "layers": "last:8"},
     "oft": {"layers": "last:8"},
+    "lora_xs": {"layers": "last:8"},
     "prefix": {"encoder": 0},
 }
 RATES = {
@@ -34,6 +35,7 @@ RATES = {
     "ia3": 1e-2,
     "vera": 1e-2,
     "prompt": 3e-2,
+    "ptuning": 1e-4,
     "prefix": 3e-2,
     "bitfit": 3e-3,
     "token_rows": 3e-3,
