@@ -388,7 +388,9 @@ class Engine:
         states = self.residency.slots.states()
         gone = {digest for digest in gone if states.get(digest) == "draining"}  # not one that came back meanwhile
         left = [a for a in self._answers.values() if a.holds and a.seq.adapter in gone]
-        error = Conflict("the adapter was unloaded before this answer was finished", help="ask again: it is loaded anew")
+        error = Conflict(
+            "the adapter was unloaded before this answer was finished", help="ask again: it is loaded anew"
+        )
         return [self._fail(answer, error, now) for answer in left]
 
     def _fail_refused(self) -> Iterator[Event]:
