@@ -23,8 +23,8 @@ from typing import Any
 from _report import BLUE, GREY, HERE, ORANGE, PEER_PYTHON, RESULTS, bars, drive, markdown, publish, say, write_folder
 
 CASES: dict[str, tuple[list[str], float, float]] = {
-    "bf16-fixed": (["--dtype", "bf16"], 3.0, 0.40),
-    "bf16-real": (["--dtype", "bf16", "--lengths", "real", "--batch", "8", "--steps", "3"], 6.0, 0.35),
+    "bf16-fixed": (["--dtype", "bf16", "--steps", "3"], 3.0, 0.40),
+    "bf16-real": (["--dtype", "bf16", "--lengths", "real", "--batch", "8", "--steps", "5"], 6.0, 0.35),
     "fp32-fixed": (["--dtype", "fp32"], 1.8, 0.45),
     "dora": (["--dtype", "bf16", "--dora"], 3.0, 0.35),
     "nf4-dq": (["--dtype", "bf16", "--nf4"], 2.5, 0.40),
