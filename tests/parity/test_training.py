@@ -36,7 +36,8 @@ def test_every_loss_of_a_run_is_peft_s(tmp_path: Path, scaling: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_steps_on_the_real_base_are_peft_s(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_hundred_steps_on_the_real_base_are_peft_s(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from veneer.merge import write_checkpoint
@@ -46,9 +47,9 @@ def test_two_hundred_steps_on_the_real_base_are_peft_s(tmp_path: Path) -> None:
     write_checkpoint(base, tmp_path / "base")
     rows = load(Path(__file__).parents[2] / "examples/data/jive.train.jsonl")
     dataset = encode(rows, base.tokenizer, max_length=256)
-    config = TrainConfig(lr=1e-4, epochs=4, max_steps=200, tokens_per_step=64, tokens_per_pass=64)
+    config = TrainConfig(lr=2e-4, epochs=2, max_steps=100, tokens_per_step=64, tokens_per_pass=64)
     mine, schedule = ours(base, dataset, LoRA(rank=8), config, tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     expected = theirs(model, dataset, schedule, config, tmp_path / "adapter")
-    assert len(mine) == 200
+    assert len(mine) == 100
     assert mine == pytest.approx(expected, rel=1e-4)
