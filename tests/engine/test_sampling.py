@@ -136,3 +136,11 @@ def test_a_request_names_all_that_is_wrong_with_it() -> None:
         Request("x", max_tokens=0, n=0, stop=("",), sampling=Sampling(temperature=-1, top_p=0, min_p=2), timeout=0)
     for word in ("max_tokens", "n must", "stop", "temperature", "top_p", "min_p", "timeout"):
         assert word in str(error.value)
+
+
+def test_settings_at_the_edge_of_their_range_choose_what_is_allowed() -> None:
+    scores = torch.tensor([3.0, 2.0, -1.0, -torch.inf])
+    assert Chooser(Sampling(temperature=5e-324), ()).choose(scores.clone()) == 0
+    assert Chooser(Sampling(temperature=5e-324, repetition_penalty=0.01), (0,)).choose(scores.clone()) == 0
+    assert Chooser(Sampling(repetition_penalty=100.0, temperature=0.0), (0,)).choose(scores.clone()) == 1
+    assert list(Sampling(repetition_penalty=5e-324).problems())

@@ -64,8 +64,7 @@ class Sampling:
             yield f"top_p must be above 0 and at most 1, got {self.top_p}"
         if self.top_k < -1:
             yield f"top_k must be 0 or -1 (off) or a positive count, got {self.top_k}"
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            yield f"repetition_penalty must be above 0, got {self.repetition_penalty}"
+        yield from _range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         for token, bias in self.logit_bias.items():
             yield from _range(f"logit_bias of token {token}", bias, -100.0, 100.0)
 

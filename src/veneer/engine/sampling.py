@@ -66,7 +66,9 @@ class Chooser:
         self._adjust(scores)
         if self.sampling.temperature == 0:
             return int(scores.argmax())
-        return self._draw(scores.div_(self.sampling.temperature))
+        # The largest first becomes 0, so that no temperature, however small, makes it infinite; nor is any rounded to 0.
+        temperature = max(self.sampling.temperature, torch.finfo(scores.dtype).tiny)
+        return self._draw(scores.sub_(scores.max()).div_(temperature))
 
     def took(self, token: int) -> None:
         """`token` is part of the answer now."""
