@@ -130,12 +130,22 @@ class _Imports(ast.NodeVisitor):
         self.generic_visit(node)
 
 
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree. CPython 3.11 counts its recursion for all threads at once and raises SystemError where two meet: again, then."""
+    for _ in range(3):
+        try:
+            return ast.parse(path.read_text(), filename=str(path))
+        except SystemError:
+            continue
+    return ast.parse(path.read_text(), filename=str(path))
+
+
 @cache
 def edges() -> tuple[Edge, ...]:
     found: list[Edge] = []
     for path in files():
         visitor = _Imports(name_of(path))
-        visitor.visit(ast.parse(path.read_text(), filename=str(path)))
+        visitor.visit(parsed(path))
         found += visitor.edges
     return tuple(found)
 
