@@ -189,8 +189,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Speed and memory ratios by case with the bars to reach as ticks; under them where the time goes and how it scales."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    (left, right), (below, last) = figure.subplots(2, 2)
+    whole = bool(results.get("kernels") and results.get("scaling"))
+    figure = Figure(figsize=(10, 6.4 if whole else 3.2), layout="constrained")
+    left, right, *more = figure.subplots(2 if whole else 1, 2).flat
     cases = results.get("cases", [])
     names = [r["case"] for r in cases]
     for axes, key, bar, title in (
@@ -198,9 +199,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
         (right, "memory_ratio", "memory_bar", "peak memory, veneer / peft"),
     ):
         bars(axes, names, [r[key] for r in cases], [r[bar] for r in cases], title)
-    _plot_kernels(below, results.get("kernels", {}))
+    if whole:
+        _plot_kernels(more[0], results["kernels"])
+        _plot_scaling(more[1], results["scaling"])
+    figure.savefig(path, dpi=120)
+
+
+def _plot_scaling(last: Any, sizes_of_all: list[dict[str, Any]]) -> None:
+    """Milliseconds a token at other sizes, and the floor's."""
     for varies, colour in (("row", BLUE), ("step", ORANGE)):
-        sizes = [s for s in results.get("scaling", []) if s["varies"] == varies]
+        sizes = [s for s in sizes_of_all if s["varies"] == varies]
         tokens = [s["row"] if varies == "row" else s["tokens_a_pass"] * s["passes"] for s in sizes]
         last.plot(
             tokens, [1e3 / s["useful_tokens_per_s"] for s in sizes], "o-", color=colour, label=f"tokens a {varies}"
@@ -212,7 +220,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     last.set_title("milliseconds a token", loc="left", fontsize=10)
     last.legend(fontsize=7, frameon=False)
     last.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
 
 
 def _plot_kernels(axes: Any, found: dict[str, dict[str, dict[str, float]]]) -> None:

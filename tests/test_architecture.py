@@ -131,7 +131,7 @@ class _Imports(ast.NodeVisitor):
 
 
 def parsed(path: Path) -> ast.Module:
-    """The syntax tree. CPython 3.11 counts its recursion for all threads at once and raises SystemError where two meet: again, then."""
+    """The syntax tree. CPython 3.11 counts the recursion of all threads as one; where two meet, it raises SystemError."""
     for _ in range(3):
         try:
             return ast.parse(path.read_text(), filename=str(path))
