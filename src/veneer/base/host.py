@@ -61,7 +61,21 @@ class Host(ABC):
         return dy @ self.weight()
 
 
-class DenseHost(Host):
+class StoredHost(Host):
+    """A host over one tensor of the checkpoint."""
+
+    _stored: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._stored.device
+
+
+class DenseHost(StoredHost):
     """A host over a 16- or 32-bit tensor as the checkpoint stores it: `[out, in]`, or `[in, out]` for conv1d and embedding."""
 
     def __init__(self, stored: Tensor, bias: Tensor | None = None, *, kind: HostKind = "linear") -> None:
@@ -72,40 +86,24 @@ class DenseHost(Host):
         out_features, in_features = (columns, rows) if self._transposed else (rows, columns)
         self.shape = HostShape(kind, in_features, out_features, bias is not None)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._stored.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._stored.device
-
     def weight(self) -> Tensor:
         return self._stored.t() if self._transposed else self._stored
 
 
-class ConvHost(Host):
+class ConvHost(StoredHost):
     """A host over a convolution of 1 to 3 dimensions, whatever its stride, padding, dilation and padding mode."""
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         self._module = module
-        self._weight = module.weight.detach()
+        self._stored = module.weight.detach()
         self.bias = None if module.bias is None else module.bias.detach()
-        out, into, *kernel = self._weight.shape
+        out, into, *kernel = self._stored.shape
         self.shape = HostShape(
             "conv", into * math.prod(kernel), out, self.bias is not None, kernel=tuple(kernel), groups=module.groups
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
     def weight(self) -> Tensor:
-        return self._weight.flatten(1)
+        return self._stored.flatten(1)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         own = {"weight": weight.reshape(weight.shape[0], -1, *self.shape.kernel)}
@@ -122,21 +120,13 @@ class ConvHost(Host):
         return vector.view(-1, *(1 for _ in self.shape.kernel))
 
 
-class NormHost(Host):
+class NormHost(StoredHost):
     """A norm as a host: it has tensors that can be replaced, and no product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self.bias = weight, bias
+        self._stored, self.bias = weight, bias
         self.shape = HostShape("norm", len(weight), len(weight), bias is not None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
 
     def weight(self) -> Tensor:
         """The norm's own vector `[width]`, as the checkpoint stores it."""
-        return self._weight
+        return self._stored

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
@@ -22,7 +23,16 @@ from veneer.base.host import Host
 from veneer.errors import ConfigError
 from veneer.methods._abstract import Method
 from veneer.methods._start import embedding_path
-from veneer.types import HELD_FACTORS, SCALE_RULES, BaseShape, Factors, HostShape, effective_scale
+from veneer.types import (
+    HELD_FACTORS,
+    SCALE_RULES,
+    BaseShape,
+    Factors,
+    HostShape,
+    LowRank,
+    Primitive,
+    effective_scale,
+)
 
 
 def _as_tuple(value: object) -> object:
@@ -156,6 +166,28 @@ class LowRankMethod(ScaledMethod):
         if "A0" in part.tensors:
             a, b = torch.cat([a, part.tensors["A0"]]), torch.cat([b, -part.tensors["B0"]], dim=1)
         return a.flatten(1), b * scale
+
+
+class Factored(Method):
+    """A method whose update of a layer is B A and nothing else, whatever it is trained as."""
+
+    @abstractmethod
+    def factors(self, part: Part) -> tuple[Tensor, Tensor]:
+        """A `[rank, in]`, and B `[out, rank]` with the scale in it."""
+
+    def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
+        base = host.apply(x)
+        return base + low_rank_output(x, *self.factors(part), host).to(base.dtype)
+
+    def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
+        return (LowRank(*self.factors(part)),)
+
+    def direct_delta(self, part: Part) -> Tensor:
+        a, b = self.factors(part)
+        return b.float() @ a.float()
+
+    def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
+        return host.weight().float() + self.direct_delta(part), host.bias
 
 
 def low_rank_output(x: Tensor, a: Tensor, b: Tensor, host: Host) -> Tensor:

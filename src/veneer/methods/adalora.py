@@ -25,9 +25,9 @@ from torch import Tensor
 from veneer.adapter import Adapter, Part
 from veneer.base.host import Host
 from veneer.errors import ConfigError
-from veneer.methods._abstract import Method, PeftForm, Regime
-from veneer.methods._lowrank import Names, low_rank_output
-from veneer.types import Factors, HostShape, LowRank, Primitive, Site
+from veneer.methods._abstract import PeftForm, Regime
+from veneer.methods._lowrank import Factored, Names
+from veneer.types import Factors, HostShape, Site
 
 _STEPS = 10_000
 """PEFT counts its phases in steps; a file says ours as shares of so many."""
@@ -62,7 +62,7 @@ def _parse(config: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
 
 
 @final
-class AdaLoRA(Method):
+class AdaLoRA(Factored):
     """A low-rank update in SVD form that moves its ranks to where they matter."""
 
     kind: ClassVar[str] = "adalora"
@@ -138,20 +138,6 @@ class AdaLoRA(Method):
         """The LoRA that this part is: Q and scale * P diag(E)."""
         t = part.tensors
         return t["Q"], t["P"] * (t["E"] * (self.alpha / (self.rank + 1e-5)))  # PEFT's guard, kept for equality
-
-    def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
-        base = host.apply(x)
-        return base + low_rank_output(x, *self.factors(part), host).to(base.dtype)
-
-    def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
-        return (LowRank(*self.factors(part)),)
-
-    def direct_delta(self, part: Part) -> Tensor:
-        q, p = self.factors(part)
-        return p.float() @ q.float()
-
-    def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
-        return host.weight().float() + self.direct_delta(part), host.bias
 
     def folded(self, adapter: Adapter) -> Adapter:
         """Without the triplets whose E is zero, and without the layers that keep none. A fresh adapter stays whole."""

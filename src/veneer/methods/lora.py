@@ -22,12 +22,12 @@ from veneer.adapter import HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
 from veneer.methods._abstract import PeftForm
-from veneer.methods._lowrank import LowRankMethod, Names, low_rank_output
-from veneer.types import Bias, Factors, HostShape, Lowered, LowRank, Primitive, Site
+from veneer.methods._lowrank import Factored, LowRankMethod, Names, low_rank_output
+from veneer.types import Bias, Factors, HostShape, Lowered, Primitive, Site
 
 
 @final
-class LoRA(LowRankMethod):
+class LoRA(LowRankMethod, Factored):
     """A low-rank update of each target weight."""
 
     kind: ClassVar[str] = "lora"
@@ -106,16 +106,12 @@ class LoRA(LowRankMethod):
 
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
         bias = self._bias(part)
-        return (LowRank(*self.factors(part)), *(() if bias is None else (Bias(bias),)))
+        return (*super().lower(part, host), *(() if bias is None else (Bias(bias),)))
 
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
         if isinstance(self.invocation, str):
             raise Unsupported("the invocation is still a text", help="give its token ids, or train with a tokenizer")
         return replace(super().lower_into(lowered, part, source), invocation=self.invocation)
-
-    def direct_delta(self, part: Part) -> Tensor:
-        a, b = self.factors(part)
-        return b.float() @ a.float()
 
     def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
         if self.invocation is not None:
@@ -123,7 +119,7 @@ class LoRA(LowRankMethod):
                 "an activated LoRA cannot be merged: its update depends on the position in the text",
                 help="serve it as it is, or train it without `invocation`",
             )
-        (a, b), bias = self.factors(part), self._bias(part)
-        if bias is not None:
-            bias = bias.float() if host.bias is None else host.bias.float() + bias.float()
-        return host.weight().float() + b.float() @ a.float(), host.bias if bias is None else bias
+        (weight, bias), own = super().merged(part, host), self._bias(part)
+        if own is None:
+            return weight, bias
+        return weight, own.float() if bias is None else bias.float() + own.float()

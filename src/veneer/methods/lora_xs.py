@@ -17,12 +17,12 @@ from torch import Tensor
 
 from veneer.adapter import Part
 from veneer.base.host import Host
-from veneer.methods._lowrank import ScaledMethod, low_rank_output
-from veneer.types import Factors, HostShape, LowRank, Primitive, Site
+from veneer.methods._lowrank import Factored, ScaledMethod
+from veneer.types import Factors, HostShape, Site
 
 
 @final
-class LoRAXS(ScaledMethod):
+class LoRAXS(ScaledMethod, Factored):
     """A trained `[rank, rank]` matrix between frozen singular vectors of the weight."""
 
     kind: ClassVar[str] = "lora_xs"
@@ -56,17 +56,3 @@ class LoRAXS(ScaledMethod):
         t = part.tensors
         scale = self.scale(part.target, t["A"].shape[0])
         return t["A"].to(t["R"].dtype), scale * (t["B"].to(t["R"].dtype) @ t["R"])
-
-    def forward(self, x: Tensor, part: Part, host: Host) -> Tensor:
-        base = host.apply(x)
-        return base + low_rank_output(x, *self.factors(part), host).to(base.dtype)
-
-    def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
-        return (LowRank(*self.factors(part)),)
-
-    def direct_delta(self, part: Part) -> Tensor:
-        a, b = self.factors(part)
-        return b.float() @ a.float()
-
-    def merged(self, part: Part, host: Host) -> tuple[Tensor, Tensor | None]:
-        return host.weight().float() + self.direct_delta(part), host.bias

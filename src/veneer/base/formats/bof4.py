@@ -14,10 +14,7 @@ The surprise: the density g is symmetric and the table is not, since only one si
 
 from __future__ import annotations
 
-from functools import partial
-
-from veneer.base.formats._abstract import QUANTISATIONS, Format
-from veneer.ops import four_bit
+from veneer.base.formats._four_bit import file_table
 from veneer.ops.four_bit import Table
 
 TABLE = Table(
@@ -42,17 +39,4 @@ TABLE = Table(
     signed=True,
 )
 
-QUANTISATIONS["bof4-s"] = Format(
-    partial(four_bit.quantise, table=TABLE),
-    partial(four_bit.restored, table=TABLE),
-    lambda rows, columns: four_bit.bytes_of(rows * columns),
-    "least error on Gaussian weights, 4.5 bits a weight",
-    "2505.06653",
-)
-QUANTISATIONS["bof4-s-dq"] = Format(
-    partial(four_bit.quantise, table=TABLE, double=True),
-    partial(four_bit.restored, table=TABLE),
-    lambda rows, columns: four_bit.bytes_of(rows * columns, double=True),
-    "BOF4-S with its scales in 8 bits, 4.127 bits a weight",
-    "2505.06653",
-)
+file_table("bof4-s", TABLE, "least error on Gaussian weights", "2505.06653")

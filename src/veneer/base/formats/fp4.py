@@ -9,26 +9,10 @@ what others keep in it.
 
 from __future__ import annotations
 
-from functools import partial
-
-from veneer.base.formats._abstract import QUANTISATIONS, Format
-from veneer.ops import four_bit
+from veneer.base.formats._four_bit import file_table
 from veneer.ops.four_bit import Table
 
 SIZES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 TABLE = Table((*SIZES, *(-size for size in SIZES)))
 
-QUANTISATIONS["fp4"] = Format(
-    partial(four_bit.quantise, table=TABLE),
-    partial(four_bit.restored, table=TABLE),
-    lambda rows, columns: four_bit.bytes_of(rows * columns),
-    "4-bit floats of bitsandbytes, 4.5 bits a weight",
-    "2305.14314",
-)
-QUANTISATIONS["fp4-dq"] = Format(
-    partial(four_bit.quantise, table=TABLE, double=True),
-    partial(four_bit.restored, table=TABLE),
-    lambda rows, columns: four_bit.bytes_of(rows * columns, double=True),
-    "FP4 with its scales in 8 bits, 4.127 bits a weight",
-    "2305.14314",
-)
+file_table("fp4", TABLE, "4-bit floats of bitsandbytes", "2305.14314")
