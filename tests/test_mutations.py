@@ -60,6 +60,18 @@ MUTATIONS = {
         "spans.append(Span(row, row + segment.length, max(segment.adapter, 0)))",
         "tests/engine/test_engine.py",
     ),
+    "seat-of-a-stranger": (
+        "engine/arena.py",
+        "self.store[:, :, seat, length:] = 0",
+        "pass",
+        "tests/engine/test_arena.py",
+    ),
+    "merged-set-for-everybody": (
+        "engine/engine.py",
+        "residents.keys() == {self._hot.adapter}",
+        "self._hot.adapter in residents",
+        "tests/engine/test_hot.py",
+    ),
     "prefixes-of-a-merged-set-outlive-it": (
         "engine/engine.py",
         "self._admission.forget(digest)",

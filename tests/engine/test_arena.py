@@ -91,6 +91,9 @@ def test_some_of_a_table_may_decode_without_the_others() -> None:
 def test_what_a_broken_sequence_leaves_behind_is_never_seen() -> None:
     generator = torch.Generator().manual_seed(0)
     arena, plain = Arena(1, KV, DIM, torch.float32, torch.device("cpu")), Plain()
+    arena.open(9, 50)
+    _compare(arena, plain, [Run(9, 0, 50)], generator, None)
+    arena.seat(9, 50)  # the table stays while somebody sits in it, and with it the seat that is left
     arena.open(0, 60)
     q, k, v = rows(60, generator)
     arena.attend(0, q, k * torch.nan, v * torch.nan, [Run(0, 0, 60)], scale=1.0, window=None, softcap=None)
@@ -100,7 +103,7 @@ def test_what_a_broken_sequence_leaves_behind_is_never_seen() -> None:
         arena.open(id, length)
         _compare(arena, plain, [Run(id, 0, length)], generator, None)
         arena.seat(id, length)
-    _compare(arena, plain, [Run(1, 3, 1), Run(2, 40, 1)], generator, None)
+    _compare(arena, plain, [Run(1, 3, 1), Run(2, 40, 1), Run(9, 50, 1)], generator, None)
 
 
 def test_a_prefix_is_copied_and_a_kept_sequence_shrinks_to_its_size() -> None:

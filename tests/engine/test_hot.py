@@ -61,6 +61,9 @@ def test_streams_of_all_adapters_stay_right_through_the_swap_and_back() -> None:
     submit("hot during", "a")
     submit("base during", None)
     finished += steps(30)
+    submit("hot beside", "a")
+    submit("other beside", "b")
+    finished += steps(30)
     assert {e.id for e in finished} == set(asked)
     assert merged_steps[0] == 0, "in company the step runs on the base"
     submit("hot alone", "a")
