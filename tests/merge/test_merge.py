@@ -388,6 +388,22 @@ def test_a_base_without_a_folder_becomes_a_plain_checkpoint(tmp_path: Path, name
         merge(Base("bare", loaded.decoder), adapter, tmp_path / "no")
 
 
+def test_a_base_is_merged_from_its_own_folder_and_not_from_its_twin(tmp_path: Path) -> None:
+    """The cache of converted bases goes by content: what another folder with the same weights becomes is its own affair."""
+    twin = folder(tmp_path / "twin", seed=77)
+    mine = folder(tmp_path / "mine", seed=77)
+    first, base = load_base(twin, "float32"), load_base(mine, "float32")
+    assert first.folder == base.folder
+    config = json.loads((twin / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    (mine / "mine.txt").write_text("kept")
+    merge(base, trained(base, LoRA(rank=2)), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    (mine / "config.json").write_text((twin / "config.json").read_text())
+    merge(base, trained(base, LoRA(rank=2)), tmp_path / "from memory")
+    assert not (tmp_path / "from memory" / "mine.txt").exists()
+
+
 def test_a_family_outside_the_table_merges_by_names_and_shapes(tmp_path: Path) -> None:
     place = tmp_path / "base"
     place.mkdir()

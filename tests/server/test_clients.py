@@ -189,10 +189,20 @@ def litellm() -> Any:
 
 
 @pytest.fixture
-def options(running: Running) -> dict[str, Any]:
-    """How litellm is pointed at any OpenAI-compatible server."""
+def options(running: Running) -> Iterator[dict[str, Any]]:
+    """How litellm is pointed at any OpenAI-compatible server.
+
+    It asks for this thread's event loop and never closes the one that it gets, which would fail whatever test runs when that
+    is collected: here it gets one that is closed afterwards.
+    """
     where = {"api_base": f"{running.url}/v1", "api_key": "none", "num_retries": 0, "max_retries": 0}
-    return {**where, "messages": CHAT, "temperature": 0}
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        yield {**where, "messages": CHAT, "temperature": 0}
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 @pytest.mark.parametrize("model,seed", [("small", None), ("tickets", TICKETS), ("legal", LEGAL), ("tickets@1", 1)])

@@ -25,12 +25,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from veneer.errors import FormatError, NotFound, Unsupported
+from veneer.errors import FormatError, NotFound, Unsupported, VeneerError
 from veneer.formats.card import licence_in
 from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, open_checkpoint, plain_file, read_json
 from veneer.models.base import Base
 from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
+from veneer.models.sources import locate
 from veneer.models.tokenizer_import import TOKENIZER_FILES
 
 INDEX = "model.safetensors.index.json"
@@ -341,7 +342,6 @@ def store_of(base: Base | str | Path) -> BaseStore | FolderStore:
         folder = _source_folder(base)
         return BaseStore(base) if folder is None else FolderStore(folder)
     from veneer.models.load import load_base
-    from veneer.models.sources import locate
 
     place = locate(str(base))
     if place.is_dir():
@@ -363,11 +363,13 @@ def licence_at(place: Path | None) -> tuple[str, str] | None:
 
 
 def _source(base: Base) -> Path | None:
-    """The file or folder that `base` was converted from, where that is known."""
-    if base.folder is None or not (base.folder / "base.json").is_file():
+    """The file or folder that `base` was loaded from, where it is still there."""
+    if base.folder is None:
         return None
-    told = read_json(base.folder / "base.json").get("source")
-    return Path(told) if told else None
+    try:
+        return locate(base.source)
+    except VeneerError:
+        return None
 
 
 def _source_folder(base: Base) -> Path | None:
@@ -379,4 +381,7 @@ def _source_folder(base: Base) -> Path | None:
         return None
     from veneer.models.convert import converted
 
-    return source if converted(source, base.dtype).folder == base.folder else None
+    try:
+        return source if converted(source, base.dtype).folder == base.folder else None
+    except VeneerError:  # it was changed since into what cannot be loaded
+        return None
