@@ -18,7 +18,7 @@ from veneer.merge.four_bit import TABLES, Levels, stochastic
 from veneer.methods.lora import LoRA
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.ops import four_bit, nf4
+from veneer.ops import four_bit
 from veneer.ops.four_bit import Table
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 97}
@@ -35,9 +35,9 @@ def test_the_usual_route_loses_the_update_and_ours_keep_it(tmp_path: Path) -> No
     base, adapter = pair(tmp_path)
     dot = square = 0.0
     for target in adapter.targets:
-        held = nf4.quantise(base.host(target).weight())
+        held = four_bit.quantise(base.host(target).weight(), TABLES["nf4"])
         before = held.dequantise(torch.empty(held.shape))
-        again = nf4.quantise(before + adapter.delta(target)).dequantise(torch.empty(held.shape))
+        again = four_bit.quantise(before + adapter.delta(target), TABLES["nf4"]).dequantise(torch.empty(held.shape))
         dot += float(((again - before) * adapter.delta(target)).sum())
         square += float(adapter.delta(target).square().sum())
     assert dot / square < 0.5

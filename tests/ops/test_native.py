@@ -11,7 +11,8 @@ from torch import Tensor
 
 from veneer.base.formats.bof4 import TABLE as BOF4
 from veneer.base.formats.fp4 import TABLE as FP4
-from veneer.ops import blocks, four_bit, nf4
+from veneer.base.formats.nf4 import TABLE as NF4
+from veneer.ops import blocks, four_bit
 from veneer.ops.attention import attention
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.gated import gated_reference
@@ -199,7 +200,7 @@ def test_cross_entropy() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("block", [32, 64, 256])
-@pytest.mark.parametrize("table", [nf4.TABLE, FP4, BOF4], ids=["nf4", "fp4", "bof4-s"])
+@pytest.mark.parametrize("table", [NF4, FP4, BOF4], ids=["nf4", "fp4", "bof4-s"])
 def test_four_bits(block: int, table: four_bit.Table) -> None:
     weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
     stored = four_bit.quantise(weight, table, block=block)

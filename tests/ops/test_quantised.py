@@ -15,7 +15,8 @@ from torch import Tensor
 from veneer.base.formats import load_all as load_formats
 from veneer.base.formats.bof4 import TABLE as BOF4
 from veneer.base.formats.fp4 import TABLE as FP4
-from veneer.ops import four_bit, int8, nf4
+from veneer.base.formats.nf4 import TABLE as NF4
+from veneer.ops import four_bit, int8
 from veneer.ops.four_bit import DoubleQuantised, FourBit
 from veneer.ops.scratch import Scratch
 
@@ -37,11 +38,11 @@ def test_levels_are_gaussian_quantiles() -> None:
     positive = [quantile(delta + (0.5 - delta) * i / 8) for i in range(8)]
     negative = [-quantile(delta + (0.5 - delta) * i / 7) for i in range(7)]
     derived = [value / quantile(delta) for value in sorted((*positive, *negative, 0.0))]
-    assert nf4.TABLE.values.tolist() == pytest.approx(derived, abs=2e-7)
+    assert NF4.values.tolist() == pytest.approx(derived, abs=2e-7)
 
 
 def test_hand_vector() -> None:
-    stored = nf4.quantise(torch.tensor([[1.0, -0.5, 0.1, 0.0]]), block=4)
+    stored = four_bit.quantise(torch.tensor([[1.0, -0.5, 0.1, 0.0]]), NF4, block=4)
     assert isinstance(stored.absmax, Tensor) and stored.absmax.tolist() == [1.0]
     assert stored.packed.tolist() == [0xF2, 0x87]
     assert back(stored).tolist() == [[1.0, pytest.approx(-0.5250730514526367), pytest.approx(0.07958029955625534), 0.0]]
@@ -65,7 +66,7 @@ def test_dynamic_code() -> None:
     assert code[code > 0][0].item() == pytest.approx(5.5e-7)
 
 
-TABLES = {"nf4": nf4.TABLE, "fp4": FP4, "bof4-s": BOF4}
+TABLES = {"nf4": NF4, "fp4": FP4, "bof4-s": BOF4}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -156,11 +157,11 @@ def test_a_format_comes_back_from_its_tensors(name: str) -> None:
 
 def test_block_maximum_and_bound() -> None:
     w = gaussian()
-    stored = nf4.quantise(w)
+    stored = four_bit.quantise(w, NF4)
     blocks, found = w.view(-1, 64), back(stored).view(-1, 64)
     top = blocks.abs().argmax(1, keepdim=True)
     assert torch.equal(found.gather(1, top), blocks.gather(1, top))
-    widest = float((nf4.TABLE.values[1:] - nf4.TABLE.values[:-1]).max()) / 2
+    widest = float((NF4.values[1:] - NF4.values[:-1]).max()) / 2
     assert widest == pytest.approx(0.152, abs=1e-3)
     assert bool(((found - blocks).abs() <= widest * 1.0001 * blocks.abs().amax(1, keepdim=True)).all())
 
@@ -168,12 +169,12 @@ def test_block_maximum_and_bound() -> None:
 @pytest.mark.parametrize("block, wanted", [(32, 0.0873), (64, 0.0920), (128, 0.0956), (256, 0.0986), (4096, 0.1099)])
 def test_error_on_gaussian_data(block: int, wanted: float) -> None:
     w = gaussian(1024, 1024)
-    assert relative_error(w, nf4.quantise(w, block=block)) == pytest.approx(wanted, abs=3e-4)
+    assert relative_error(w, four_bit.quantise(w, NF4, block=block)) == pytest.approx(wanted, abs=3e-4)
 
 
 def test_double_quantisation_costs_almost_nothing() -> None:
     w = gaussian(1024, 1024)
-    plain, double = nf4.quantise(w), nf4.quantise(w, double=True)
+    plain, double = four_bit.quantise(w, NF4), four_bit.quantise(w, NF4, double=True)
     assert relative_error(w, double) == pytest.approx(relative_error(w, plain), abs=1e-4)
     rms = ((double.scales() - plain.scales()) / plain.scales()).square().mean().sqrt()
     assert float(rms) < 3e-3
@@ -181,7 +182,10 @@ def test_double_quantisation_costs_almost_nothing() -> None:
 
 def test_byte_counts() -> None:
     w = gaussian(1024, 1024)
-    bits = [8 * q.nbytes / w.numel() for q in (nf4.quantise(w), nf4.quantise(w, double=True), int8.quantise(w))]
+    bits = [
+        8 * q.nbytes / w.numel()
+        for q in (four_bit.quantise(w, NF4), four_bit.quantise(w, NF4, double=True), int8.quantise(w))
+    ]
     assert bits == [pytest.approx(4.5), pytest.approx(4.126953, abs=1e-4), pytest.approx(8 + 32 / 1024)]
 
 
@@ -189,7 +193,7 @@ def test_byte_counts() -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_odd_shapes(shape: tuple[int, int], double: bool) -> None:
     w = gaussian(*shape)
-    stored = nf4.quantise(w, double=double)
+    stored = four_bit.quantise(w, NF4, double=double)
     assert len(stored.packed) == math.ceil(w.numel() / 2)
     assert relative_error(w, stored) < 0.2
     assert torch.equal(back(stored, torch.bfloat16), back(stored).bfloat16())
@@ -197,8 +201,8 @@ def test_odd_shapes(shape: tuple[int, int], double: bool) -> None:
 
 def test_zeros_stay_zeros() -> None:
     w = torch.zeros(4, 64)
-    assert torch.equal(back(nf4.quantise(w)), w) and torch.equal(back(int8.quantise(w)), w)
-    assert nf4.quantise(w).packed.unique().tolist() == [0x77]
+    assert torch.equal(back(four_bit.quantise(w, NF4)), w) and torch.equal(back(int8.quantise(w)), w)
+    assert four_bit.quantise(w, NF4).packed.unique().tolist() == [0x77]
 
 
 def test_int8() -> None:
@@ -240,7 +244,7 @@ def test_bytes_equal_bitsandbytes(shape: tuple[int, int], double: bool, dtype: t
     functional = pytest.importorskip("bitsandbytes.functional")
     w = gaussian(*shape).to(dtype)
     theirs, state = functional.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type="nf4")
-    ours = nf4.quantise(w, double=double)
+    ours = four_bit.quantise(w, NF4, double=double)
     assert torch.equal(ours.packed, theirs.view(-1))
     if isinstance(ours.absmax, DoubleQuantised):
         # Theirs is now and then one step off the nearest code; ours never is.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter
-from veneer.base.formats import fp4
+from veneer.base.formats import fp4, nf4
 from veneer.base.identity import Verdict
 from veneer.errors import Conflict, Unsupported
 from veneer.formats.card import Story
@@ -33,7 +33,7 @@ from veneer.merge.file import Merged, belongs, stream, write_card
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, write_shards
 from veneer.models.base import Base
 from veneer.models.families import decoder_config, layout
-from veneer.ops import four_bit, nf4
+from veneer.ops import four_bit
 from veneer.ops.four_bit import FourBit, Table
 
 Route: TypeAlias = Literal["original", "stochastic"]
