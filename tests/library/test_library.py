@@ -105,6 +105,12 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_stock_counts_each_content_once(library: Library) -> None:
+    same = make(0)
+    versions = [library.add(adapter, name).version for adapter, name in ((same, "a"), (same, "b"), (make(1), "a"))]
+    assert library.stock() == (2, versions[0].bytes + versions[2].bytes)
+
+
 def test_list_filters(library: Library) -> None:
     library.add(make(0), "tickets")
     library.add(make(1), "tickets")

@@ -9,7 +9,7 @@ from torch import Tensor
 from veneer.ops.low_rank import DenseFrozen, Pack, Packs, adapted_linear, adapted_linear_reference
 from veneer.ops.mixed import plan
 from veneer.ops.native import build
-from veneer.ops.native.mixed import Piece, columns_together, jobs
+from veneer.ops.native.mixed import RUN, Piece, columns_together, jobs
 from veneer.types import Span
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
@@ -23,9 +23,9 @@ def random(g: torch.Generator, *shape: int, size: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("k,outs", [(576, (576, 192, 192)), (64, (48, 33, 1)), (96, (300,))])
 def test_the_kernel_is_the_definition(k: int, outs: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
-    x, y = random(g, 12, k), random(g, 12, sum(outs))
+    x, y = random(g, 20, k), random(g, 20, sum(outs))
     exact, pieces, row = y.double(), [], 0
-    for rows, rank in ((1, 16), (2, 7), (8, 1), (1, 33)):
+    for rows, rank in ((1, 16), (2, 7), (7, 1), (1, 33), (9, 5)):
         column = 0
         for out in outs:
             A, B = random(g, rank, k, size=k**-0.5), columns_together(random(g, out, rank))
@@ -47,7 +47,7 @@ def test_what_the_kernel_cannot_take_is_left_to_others() -> None:
     good = Piece(0, 1, A, B, 0)
     assert jobs([good]) is not None
     for bad in (
-        Piece(0, 9, A, B, 0),
+        Piece(0, RUN + 1, A, B, 0),
         Piece(0, 1, A.float(), B.float(), 0),
         Piece(0, 1, A, B.contiguous(), 0),
         Piece(0, 1, random(g, 4, 40), B, 0),
@@ -77,7 +77,9 @@ def packs(g: torch.Generator) -> Packs:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("lengths", [(1, 1, 1, 1, 1, 1), (1, 40, 2, 9, 1, 3), (20, 0, 0, 0, 0, 20)])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1, 1, 1, 1, 1), (1, 40, 2, 9, 1, 3), (20, 0, 0, 0, 0, 20), (3, 70, 65, 64, 2, 1)]
+)
 def test_planned_rows_are_the_definition(bias: bool, lengths: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(1)
     many, weight = packs(g), random(g, 64, 64, size=0.1)

@@ -50,7 +50,8 @@ def test_an_adapter_is_heated_and_cooled_under_streams(tmp_path: Path) -> None:
         assert hot["digest"] == server.library.resolve("tickets@2").digest
         assert hot["bytes"] > 0
         shown = client.get("/metrics").text
-        assert f'veneer_adapter_bytes{{kind="merged"}} {float(hot["bytes"])}' in shown
+        assert f'veneer_tier_bytes{{tier="merged"}} {float(hot["bytes"])}' in shown
+        assert 'veneer_tier_adapters{tier="merged"} 1.0' in shown
         assert 'veneer_steps_total{weights="merged"}' in shown
         listed = client.get("/admin/adapters").json()
         local = server.service.engine.residency.resolve("local").digest

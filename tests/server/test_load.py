@@ -122,7 +122,7 @@ def test_sixty_four_streams_over_a_hundred_adapters(server: Outside, answers: di
     metrics = httpx.get(f"{server.url}/metrics").text
     assert number(metrics, "veneer_running") == number(metrics, "veneer_waiting") == 0
     assert number(metrics, 'veneer_adapter_events_total{event="eviction"}') > 10
-    assert number(metrics, 'veneer_adapter_bytes{kind="used"}') <= 10e6
+    assert number(metrics, 'veneer_tier_bytes{tier="memory"}') <= 10e6
     late = memory[
         2 * len(memory) // 3 :
     ]  # until then oneDNN has met the shapes that it keeps code for: a bounded number

@@ -19,6 +19,7 @@ from torch import Tensor
 from veneer.base.formats import Storage, load_all
 from veneer.base.host import Host
 from veneer.ops.frozen import product
+from veneer.ops.int8 import Int8Rows
 from veneer.ops.scratch import Scratch
 from veneer.types import HostKind, HostShape
 
@@ -87,6 +88,11 @@ class QuantizedFrozen:
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         with self.scratch.borrow((self.out_features, self.in_features), self.dtype) as dense:
             return product(x, self._fill(dense).t())
+
+    def integer_rows(self) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        """Int8 codes and the scale of each row, part under part; None for another format."""
+        found = [(part.codes, part.scale) for part in self.parts if isinstance(part, Int8Rows)]
+        return tuple(found) if len(found) == len(self.parts) else None
 
     def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:
         with self.scratch.borrow((self.out_features, self.in_features), self.dtype) as dense:

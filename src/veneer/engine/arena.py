@@ -11,14 +11,16 @@ the rest of a seat is zeroed when somebody sits down: no other sequence, broken 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from veneer.models.decoder import Run
-from veneer.ops.attention import attention_over, decode_attention
+from veneer.ops.attention import attention, attention_over, decode_attention
+from veneer.ops.native.block import Place
 
 _SPARE = 4
 
@@ -97,9 +99,17 @@ class _Seated:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
+    """How the rows of a call attend.
+
+    seated  rows that decode, by table
+    alone   other runs: their keys and values go to buffers of their own
+    fresh   rows of neighbours among those that see nothing older than themselves, and the lengths of their runs
+    """
+
     runs: tuple[Run, ...]
     seated: tuple[_Seated, ...]
     alone: tuple[tuple[int, Run], ...]
+    fresh: tuple[tuple[slice, list[int]], ...]
 
 
 class Arena:
@@ -134,7 +144,7 @@ class Arena:
     def reserve(self, id: int, positions: int) -> None:
         """Make sure that `positions` fit, before a forward that writes up to there."""
         table = self._seat_of.get(id)
-        held = self._buffers[id] if table is None else table.store[:, :, table.ids.index(id)]
+        held = self._buffers[id] if table is None else table.store[:, :, 0]
         if held.shape[2] >= positions:
             return
         if table is None:
@@ -142,7 +152,7 @@ class Arena:
             self._buffers[id][:, :, : held.shape[2]] = held
             self._give(held)
         else:
-            contents = held.clone()
+            contents = self._view(id).clone()
             self._stand(id)
             self._sit(id, contents, positions)
 
@@ -150,12 +160,15 @@ class Arena:
         """Start `target` with the first positions of `source`."""
         self._buffers[target][:, :, :positions] = self._view(source)[:, :, :positions]
 
-    def seat(self, id: int, stored: int) -> None:
-        """The sequence decodes from now on: from its buffer to a seat. Sitting down twice is once."""
+    def seat(self, id: int, stored: int, most: int = 0) -> None:
+        """The sequence decodes from now on: from its buffer to a seat. Sitting down twice is once.
+
+        `most` is how long it may become: a short answer gets a seat that it will not outgrow.
+        """
         if id in self._seat_of:
             return
         buffer = self._buffers.pop(id)
-        self._sit(id, buffer[:, :, :stored], stored + 1)
+        self._sit(id, buffer[:, :, :stored], max(stored + 1, min(most, 2 * stored + 64)))
         self._give(buffer)
 
     def keep(self, id: int, positions: int) -> None:
@@ -211,9 +224,26 @@ class Arena:
             buffer = self._view(run.sequence)
             buffer[layer, 0, run.start : end] = k[row:stop]
             buffer[layer, 1, run.start : end] = v[row:stop]
-            keys, values = buffer[layer, 0, :end], buffer[layer, 1, :end]
-            out[row:stop] = attention_over(q[row:stop], keys, values, scale=scale, window=window, softcap=softcap)
+            if run.start:
+                keys, values = buffer[layer, 0, :end], buffer[layer, 1, :end]
+                out[row:stop] = attention_over(q[row:stop], keys, values, scale=scale, window=window, softcap=softcap)
+        for rows, lengths in plan.fresh:
+            found = attention(q[rows], k[rows], v[rows], lengths, scale=scale, window=window, softcap=softcap)
+            if len(found) == len(q):
+                return found
+            out[rows] = found
         return out
+
+    def places(self, runs: Sequence[Run]) -> ctypes.Array[Place] | None:
+        """Where each row of runs of one token is kept; None where a run is longer."""
+        if any(run.length != 1 for run in runs):
+            return None
+        found = (Place * len(runs))()
+        for row, run in enumerate(runs):
+            view = self._view(run.sequence)
+            layer, value, position, *_ = view.stride()
+            found[row] = Place(view.data_ptr(), layer, value, position, run.start)
+        return found
 
     def _planned(self, runs: Sequence[Run]) -> _Plan:
         """Which rows attend together: the same for every layer of a pass."""
@@ -232,7 +262,7 @@ class Arena:
                 members.setdefault(id(table), []).append((table.ids.index(run.sequence), row, run))
             row += run.length
         seated = tuple(self._group(tables[key], found) for key, found in members.items())
-        self._plan = _Plan(tuple(runs), seated, tuple(alone))
+        self._plan = _Plan(tuple(runs), seated, tuple(alone), tuple(_fresh(alone)))
         return self._plan
 
     def _group(self, table: Table, found: list[tuple[int, int, Run]]) -> _Seated:
@@ -285,6 +315,21 @@ class Arena:
         spare = self._spare.setdefault(buffer.shape[2], [])
         if len(spare) < _SPARE and buffer.shape[2] == capacity(buffer.shape[2]):
             spare.append(buffer)
+
+
+def _fresh(alone: Sequence[tuple[int, Run]]) -> Iterator[tuple[slice, list[int]]]:
+    """Rows and lengths of neighbouring runs that start their sequences."""
+    start, lengths = 0, list[int]()
+    for row, run in alone:
+        if run.start:
+            continue
+        if lengths and start + sum(lengths) != row:
+            yield slice(start, start + sum(lengths)), lengths
+            lengths = []
+        start = start if lengths else row
+        lengths.append(run.length)
+    if lengths:
+        yield slice(start, start + sum(lengths)), lengths
 
 
 def _store(group: _Seated, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

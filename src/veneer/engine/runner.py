@@ -81,7 +81,7 @@ class Runner:
         for work in batch:
             seq = work.seq
             if seq.decoding and not self._alone:
-                self.arena.seat(seq.id, seq.virtual + seq.stored)
+                self.arena.seat(seq.id, seq.virtual + seq.stored, seq.most_positions)
             self.arena.reserve(seq.id, seq.virtual + seq.stored + work.count)
 
     def _forward(self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int]) -> Scores | None:

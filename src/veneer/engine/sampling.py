@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,9 +139,7 @@ class Chosen:
 
 def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:
     """One token per row of `logits` `[n, vocab]`."""
-    best, likeliest = logits.max(dim=1)
-    finite: list[bool] = best.isfinite().tolist()
-    plain: list[int] = likeliest.tolist()
+    plain, finite = _likeliest(logits)
     chosen: list[Chosen] = []
     for row, chooser in enumerate(choosers):
         if not finite[row]:
@@ -151,6 +150,16 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
         chooser.took(token)
         chosen.append(Chosen(token, logprob))
     return chosen
+
+
+def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Where the largest score of each row is, and whether it is a finite number. A NaN is larger than any number."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        best, places = logits.max(dim=1)
+        return places.tolist(), best.isfinite().tolist()
+    scores = logits.numpy()  # ten times faster at this than torch
+    places = scores.argmax(axis=1)
+    return places.tolist(), np.isfinite(scores[np.arange(len(places)), places]).tolist()
 
 
 def _logprob(scores: Tensor, token: int, top: int, spell: Callable[[int], str]) -> TokenLogprob:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
 from sqlalchemy.exc import DatabaseError
 
 from veneer.errors import ConfigError, Conflict, FormatError, ResourceError, VeneerError
@@ -90,10 +90,6 @@ class Catalogue:
         with self.read() as connection:
             found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
         return [] if found == ["ok"] else [f"catalogue: {line}" for line in found]
-
-    def num_versions(self) -> int:
-        with self.read() as connection:
-            return int(connection.execute(select(func.count()).select_from(tables.versions)).scalar_one())
 
     def close(self) -> None:
         self.engine.dispose()

@@ -137,6 +137,11 @@ class Library:
         """A number that grows with every change: cheap to poll. NotFound where there is no library."""
         return self._catalogue().revision()
 
+    def stock(self) -> tuple[int, int]:
+        """Adapters kept here, each content counted once, and their bytes."""
+        with self._catalogue().read() as connection:
+            return queries.stock(connection)
+
     def resolve(self, ref: str) -> Version:
         """The version that `name`, `name@version` or `name@alias` means now; NotFound says what there is instead.
 

@@ -37,6 +37,16 @@ def newest(connection: Connection, name: str) -> Version | None:
     return _one_version(connection, query)
 
 
+def stock(connection: Connection) -> tuple[int, int]:
+    """Distinct contents and their bytes."""
+    contents = select(t.versions.c.digest, func.max(t.versions.c.bytes).label("bytes")).group_by(t.versions.c.digest)
+    each = contents.subquery()
+    count, size = connection.execute(
+        select(func.count(), func.coalesce(func.sum(each.c.bytes), 0)).select_from(each)
+    ).one()
+    return int(count), int(size)
+
+
 def _one_version(connection: Connection, query: Select[Any]) -> Version | None:
     row = connection.execute(query).first()
     return None if row is None else Version(*row)

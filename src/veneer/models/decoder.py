@@ -12,6 +12,7 @@ argument; keys and values of earlier tokens live in the `cache` argument.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,10 +28,12 @@ from veneer.models.config import DecoderConfig, Layout, PartSpec
 from veneer.models.group import Group
 from veneer.models.project import is_overridden, packs_of, project, replace_rows, spans_at, with_bottlenecks
 from veneer.models.rope import RopeTable
+from veneer.models.step import Steps
 from veneer.ops.attention import attention
 from veneer.ops.gated import activate
 from veneer.ops.loss import linear_cross_entropy, token_nll
 from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear, norm_adapted_linear
+from veneer.ops.native.block import Place
 from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.rope import rotary
 from veneer.types import Override, Segment, Span
@@ -64,6 +67,9 @@ class Cache(Protocol):
         softcap: float | None,
     ) -> Tensor:
         """Append k, v `[N, kv_heads, head_dim]` of each run, attend causally over all that is stored; `[N, heads, head_dim]`."""
+
+    def places(self, runs: Sequence[Run]) -> ctypes.Array[Place] | None:
+        """Where each row of runs of one token stores its key and value, for all blocks in one call; None: not that way."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class Decoder:
             for local, rope in ((False, config.rope), (True, config.local_rope))
             if rope is not None and config.positions == "rope"
         }
+        halves = {local: table.half for local, table in self._rope.items()}
+        self._steps = Steps(config, self.groups, self.tensors, halves)
 
     # -- the pass ------------------------------------------------------------------------------------------------------
 
@@ -143,7 +151,10 @@ class Decoder:
         h, state, keep = self._embed(tokens, segments, bank, cache)
         wanted = keep if rows is None else rows if keep is None else keep[rows]
         last = self.config.layers - 1
-        for layer in range(self.config.layers):
+        stepped = self._steps.run(h, state)
+        if stepped is not None:
+            h = stepped if wanted is None or len(wanted) == len(stepped) else stepped[wanted]
+        for layer in range(self.config.layers if stepped is None else 0):
             needed = wanted if layer == last else None
             if layer < recompute and torch.is_grad_enabled():
                 h = checkpoint(self._block, h, layer, state, needed, use_reentrant=False, preserve_rng_state=False)
@@ -199,7 +210,7 @@ class Decoder:
         if self.config.embed_scale != 1.0:
             x = x * torch.tensor(self.config.embed_scale, dtype=self.dtype)
         pieces: list[Tensor] = []
-        keep: list[Tensor] = []
+        keep: list[slice] = []
         spans: list[Segment] = []
         runs: list[Run] = []
         source = target = 0
@@ -212,7 +223,7 @@ class Decoder:
                 assert rows is not None
                 pieces.append(rows.rows.to(x.dtype))
             pieces.append(x[source : source + segment.length])
-            keep.append(torch.arange(target + prompt, target + prompt + segment.length, device=self.device))
+            keep.append(slice(target + prompt, target + prompt + segment.length))
             spans.append(Segment(prompt + segment.length, segment.sequence, segment.adapter))
             if cache is not None and prefix:
                 for layer, kv in bank.kv[segment.adapter].items():
@@ -223,14 +234,17 @@ class Decoder:
         has_virtual = target != source
         if has_virtual:
             x = torch.cat(pieces)
-        positions = torch.cat([torch.arange(r.start, r.start + r.length, device=self.device) for r in runs])
+        positions = _positions(runs, self.device)
         if self.config.positions == "learned":
             self._check_length(positions)
             x = x + self.tensors["positions"][positions]
         ends = [(r.length, r.start + r.length) for r in runs]
         angles = {local: table.at(positions, ends) for local, table in self._rope.items()}
         state = Pass(spans_of(spans), tuple(runs), bank, cache, angles)
-        return x, state, torch.cat(keep) if has_virtual else None
+        if not has_virtual:
+            return x, state, None
+        every = torch.arange(target, device=self.device)
+        return x, state, torch.cat([every[part] for part in keep])
 
     def _check_overrides(self, bank: Bank) -> None:
         """A replaced tensor that no line of this decoder reads would be a silent loss of what was trained."""
@@ -416,6 +430,13 @@ class Decoder:
         packed = bank.groups.get("head")
         touched = packed is not None and any(s.index >= 0 and packed.slot[s.index] >= 0 for s in spans)
         return touched or self._overridden("head", spans, bank)
+
+
+def _positions(runs: Sequence[Run], device: torch.device) -> Tensor:
+    """The position of every row `[N]`."""
+    if all(r.length == 1 for r in runs):
+        return torch.tensor([r.start for r in runs], device=device)
+    return torch.cat([torch.arange(r.start, r.start + r.length, device=device) for r in runs])
 
 
 def _extend_runs(runs: list[Run], sequence: int, start: int, length: int) -> None:

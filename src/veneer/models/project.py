@@ -65,6 +65,8 @@ def spans_at(spans: Sequence[Span], rows: Tensor) -> tuple[Span, ...]:
     """The spans of the chosen, sorted rows, counted among the chosen."""
     if not spans:
         return ()
+    if len(rows) == spans[-1].stop and isinstance(spans, tuple):
+        return spans  # all of them
     edges = torch.tensor([s.start for s in spans] + [spans[-1].stop], device=rows.device)
     cuts: list[int] = torch.searchsorted(rows, edges).tolist()
     return one_of(tuple(Span(a, b, s.index) for a, b, s in zip(cuts[:-1], cuts[1:], spans, strict=True) if b > a))

@@ -25,6 +25,11 @@ class RopeTable:
         self._table = (torch.empty(0, self._dim // 2),) * 2  # one name, so that another thread never sees half of it
         self._short = _longest_short(rope, max_positions)
 
+    @property
+    def half(self) -> int:
+        """Pairs of dimensions that turn."""
+        return self._dim // 2
+
     def at(self, positions: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """cos, sin `[N, dim/2]` for `[N]` positions; `runs` are their (length, end position of the sequence so far).
 

@@ -38,6 +38,14 @@ class Frozen(Protocol):
         """dy W."""
 
 
+@runtime_checkable
+class IntegerRows(Protocol):
+    """A frozen product over int8 codes, or one that may be."""
+
+    def integer_rows(self) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        """Codes `[out_i, in]` and the fp32 scale of each row, part under part; None where the storage is another."""
+
+
 @dataclass(frozen=True, eq=False)
 class DenseFrozen:
     """A 16- or 32-bit weight `[out, in]`, in any stride order."""

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from veneer.ops.native import few
 from veneer.ops.recording import unrecorded
 
 TINY = 1e-38
@@ -34,9 +35,14 @@ class Int8Rows:
         return self.codes.numel() + 4 * self.absmax.numel()
 
     @cached_property
+    def scale(self) -> Tensor:
+        """What a code of each row is worth `[rows]`, fp32."""
+        return (self.absmax / 127.0).contiguous()
+
+    @cached_property
     def short_scale(self) -> Tensor:
-        """The scale of each row in bf16, for `few_rows`."""
-        return (self.absmax / 127.0).bfloat16()
+        """The same in bf16, for torch's product of few rows."""
+        return self.scale.bfloat16()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps."""
@@ -57,10 +63,13 @@ FEW = 8
 
 @unrecorded
 def few_rows(x: Float[Tensor, "n columns"], stored: Int8Rows) -> Float[Tensor, "n rows"] | None:
-    """x deq(W)^T without the dense weight, or None where torch has no kernel for it: decoding reads half the bytes of bf16.
+    """x deq(W)^T without the dense weight, or None where there is no kernel for it: decoding reads half the bytes of bf16.
 
-    The scale is rounded to bf16, as the result is.
+    Torch's kernel takes the scale rounded to bf16, as the result is; ours as it is.
     """
+    ours = few.product_int8(x, stored.codes, stored.scale)
+    if ours is not None:
+        return ours
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) > FEW or x.shape[1] % 32:
         return None
     y: Tensor = torch._weight_int8pack_mm(x.contiguous(), stored.codes, stored.short_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -81,7 +82,8 @@ async def metrics(request: Request) -> Response:
     service = openai.service_of(request)
     if not service.keyring.open:
         require(openai.key_of(request), "read")
-    now = await service.loop.call(service.snapshot)
+    stock = await asyncio.to_thread(service.shelf.stock)
+    now = await service.loop.call(lambda: service.snapshot(stock))
     return Response(service.metrics.text(now), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -30,17 +30,17 @@ class Snapshot:
     """The engine at one moment, read between two steps.
 
     adapters  state -> how many
+    tiers     library, memory, merged -> how many adapters are there, and their bytes
     events    hit, miss, load, eviction, failure -> how many so far
     kv        promised, kept, budget -> bytes
-    merged_bytes, dequantised_bytes   beside the base: the hot adapter's merged set; a 4-bit base's dense copy
+    dequantised_bytes   beside the base: a 4-bit base's dense copy
     """
 
     running: int
     waiting: int
     adapters: Mapping[str, int]
-    adapter_bytes: int
+    tiers: Mapping[str, tuple[int, int]]
     adapter_budget: int
-    merged_bytes: int
     dequantised_bytes: int
     events: Mapping[str, int]
     kv: Mapping[str, int]
@@ -136,8 +136,15 @@ class _Live(Collector):
             "veneer_prefill_chunk_tokens", "Prompt tokens taken into a decode step", value=now.chunk
         )
         yield _labelled("veneer_adapters", "Adapters by state", "state", now.adapters)
-        memory = {"used": now.adapter_bytes, "merged": now.merged_bytes, "budget": now.adapter_budget}
-        yield _labelled("veneer_adapter_bytes", "Memory of resident adapters", "kind", memory)
+        counts = {tier: count for tier, (count, _) in now.tiers.items()}
+        yield _labelled(
+            "veneer_tier_adapters", "Adapters on disk, packed in memory, merged into weights", "tier", counts
+        )
+        sizes = {tier: size for tier, (_, size) in now.tiers.items()}
+        yield _labelled("veneer_tier_bytes", "Bytes of the adapters of a tier", "tier", sizes)
+        yield GaugeMetricFamily(
+            "veneer_adapter_budget_bytes", "Most that memory and merged may take", value=now.adapter_budget
+        )
         yield GaugeMetricFamily(
             "veneer_base_dequantised_bytes",
             "Dense copy of a 4-bit base, made at the start",

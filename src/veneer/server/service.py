@@ -103,8 +103,8 @@ class Service:
             total["prompt_tokens"] += sum(a.usage.prompt for a in answers if a.choice == 0)
             total["cached_tokens"] += sum(a.usage.cached for a in answers if a.choice == 0)
 
-    def snapshot(self) -> Snapshot:
-        """The engine now. Call on its thread."""
+    def snapshot(self, stock: tuple[int, int] = (0, 0)) -> Snapshot:
+        """The engine now, beside what the library holds. Call on its thread."""
         engine, slots = self.engine, self.engine.residency.slots
         while engine.residency.load_seconds:
             self.metrics.load.observe(engine.residency.load_seconds.popleft())
@@ -114,9 +114,12 @@ class Service:
             running=len(engine.scheduler.running),
             waiting=len(engine.scheduler.waiting),
             adapters={s: states[s] for s in ("available", "loading", "resident", "draining", "failed")},
-            adapter_bytes=slots.charged,
+            tiers={
+                "library": stock,
+                "memory": (states["resident"] + states["draining"], slots.charged - engine.hot.bytes),
+                "merged": (int(engine.hot.state == "hot"), engine.hot.bytes),
+            },
             adapter_budget=slots.budget,
-            merged_bytes=engine.hot.bytes,
             dequantised_bytes=engine.dequantised_bytes,
             events={
                 "hit": counters.hits,

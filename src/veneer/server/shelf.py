@@ -39,6 +39,10 @@ class Shelf:
                 return library.resolve(chosen.ref)
         return library.resolve(reference)
 
+    def stock(self) -> tuple[int, int]:
+        """Adapters in the library and their bytes."""
+        return (0, 0) if self.library is None else self.library.stock()
+
     def newest(self) -> Sequence[Version]:
         """One version per name: what a bare name means now."""
         if self.library is None:

@@ -169,6 +169,9 @@ class _Record:
     def put_prefix(self, layer: int, sequence: int, key: Tensor, value: Tensor) -> None:
         raise ConfigError("a text for a prefix is run on the bare base")
 
+    def places(self, runs: Sequence[Run]) -> None:
+        return None
+
     def attend(
         self,
         layer: int,

@@ -20,7 +20,6 @@
 #define CHUNK 128   /* keys a chunk, forward */
 #define STEP 64     /* keys a chunk, backward */
 #define WIDEST 256  /* head dimension */
-#define LOG2E 1.4426950408889634f
 
 /* One sequence: queries [q0, q0 + n), keys [k0, k0 + t), both ending at the same position; packed: its place in a packed
  * transpose, in keys. */

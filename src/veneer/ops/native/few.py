@@ -22,6 +22,23 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     return y if _run(x, weight, y, add=False) else None
 
 
+def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor | None:
+    """x `[n, k]` times int8 codes `[m, k]` transposed, column j of the result times scale[j] (fp32)."""
+    kind = x.dtype == torch.bfloat16 and codes.dtype == torch.int8 and scale.dtype == torch.float32
+    fits = x.shape[0] <= FEW and x.shape[1] % 32 == 0 and x.stride(1) == 1 and codes.is_contiguous()
+    if not kind or not fits or x.device.type != "cpu":
+        return None
+    kernels = library()
+    if kernels is None:
+        return None
+    (n, k), m = x.shape, codes.shape[0]
+    y = torch.empty(n, m, dtype=x.dtype)
+    kernels.few_rows_int8(
+        x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), n, m, k, y.data_ptr(), m, torch.get_num_threads()
+    )
+    return y
+
+
 MANY = 64
 """Rows up to which the scores of a whole step are one call."""
 

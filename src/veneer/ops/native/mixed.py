@@ -1,18 +1,19 @@
-"""The C form of low-rank updates of a few rows each of many adapters. None where the plain form has to do it."""
+"""The C form of low-rank updates of short runs of rows of many adapters. None where the plain form has to do it."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from veneer.ops.native.build import library
 
-RUN = 8
+RUN = 64
 """Rows of one adapter that one job takes; a longer run is better off with ordinary products."""
 BLOCK = 256
 UNIT = 4
@@ -21,7 +22,17 @@ UNIT = 4
 class _Job(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("a", "bt")),
-        *((name, c_int64) for name in ("row", "rows", "rank", "column", "out", "first_unit", "first_block")),
+        *((name, c_int64) for name in ("row", "rows", "rank", "column", "out", "first_unit", "first_block", "line")),
+    ]
+
+
+class Updates(ctypes.Structure):
+    """All jobs of one projection, as the kernels read them."""
+
+    _fields_ = [
+        ("jobs", POINTER(_Job)),
+        *((name, POINTER(c_int32)) for name in ("owner", "block")),
+        *((name, c_int64) for name in ("units", "blocks", "scratch")),
     ]
 
 
@@ -40,11 +51,13 @@ class Piece:
 class Jobs:
     """Pieces as the kernel reads them. Keeps the tensors alive that it points to."""
 
-    jobs: ctypes.Array[_Job]
-    owner: ctypes.Array[c_int32]
-    block: ctypes.Array[c_int32]
+    updates: Updates
     width: int
     pieces: tuple[Piece, ...]
+
+    @cached_property
+    def address(self) -> int:
+        return ctypes.addressof(self.updates)
 
     def add(self, y: Tensor, x: Tensor) -> bool:
         """y[rows, columns] += B (A x[rows]) for every piece. False: nothing was done."""
@@ -54,8 +67,7 @@ class Jobs:
         if not x.dtype == y.dtype == torch.bfloat16:
             return False
         done = kernels.low_rank_rows(
-            self.jobs, self.owner, len(self.owner), self.block, len(self.block), x.data_ptr(), x.stride(0), self.width,
-            y.data_ptr(), y.stride(0), torch.get_num_threads(),
+            self.address, x.data_ptr(), x.stride(0), self.width, y.data_ptr(), y.stride(0), torch.get_num_threads()
         )  # fmt: skip
         return bool(done)
 
@@ -70,17 +82,19 @@ def jobs(pieces: Iterable[Piece]) -> Jobs | None:
     found = tuple(pieces)
     if not found or library() is None or not all(_fits(piece, found[0].A.shape[1]) for piece in found):
         return None
-    made, units, blocks = [], 0, 0
+    made, units, blocks, line = [], 0, 0, 0
     owner: list[int] = []
     block: list[int] = []
     for number, piece in enumerate(found):
         (rank, _), out = piece.A.shape, piece.B.shape[0]
         pointers = piece.A.data_ptr(), piece.B.data_ptr()
-        made.append(_Job(*pointers, piece.row, piece.rows, rank, piece.column, out, units, blocks))
+        made.append(_Job(*pointers, piece.row, piece.rows, rank, piece.column, out, units, blocks, line))
         owner += [number] * -(-rank // UNIT)
         block += [number] * -(-out // BLOCK)
-        units, blocks = len(owner), len(block)
-    return Jobs((_Job * len(made))(*made), _ints(owner), _ints(block), found[0].A.shape[1], found)
+        units, blocks, line = len(owner), len(block), line + piece.rows * (rank + rank % 2)
+    # A structure keeps alive the arrays that are assigned to its pointers.
+    updates = Updates((_Job * len(made))(*made), _ints(owner), _ints(block), units, blocks, line)
+    return Jobs(updates, found[0].A.shape[1], found)
 
 
 def _fits(piece: Piece, width: int) -> bool:

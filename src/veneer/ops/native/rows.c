@@ -3,29 +3,12 @@
  * Plain torch makes several passes and fp32 copies for each; on a CPU these passes are the cost. Widths are multiples of 16.
  * Rows are shared out evenly among threads; a row is never split, so results do not depend on the number of threads.
  */
-#include <math.h>
+#include "rows.h"
 
-#include "tile.h"
-
-#define LOG2E 1.4426950408889634f
-
-INLINE __m512 all(float x) { return _mm512_set1_ps(x); }
-
-/* y = x / rms * w; inverse[r] = 1 / rms. w is fp32 and holds the offset already. */
+/* inverse[r] = 1 / rms. */
 void rms_forward(const bf16 *x, long row, long rows, long d, const float *w, float eps, bf16 *y, float *inverse, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long r = 0; r < rows; r++) {
-        const bf16 *in = x + r * row;
-        __m512 sum = _mm512_setzero_ps();
-        for (long j = 0; j < d; j += 16) {
-            const __m512 v = load_bf16(in + j);
-            sum = _mm512_fmadd_ps(v, v, sum);
-        }
-        inverse[r] = 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)d + eps);
-        const __m512 by = all(inverse[r]);
-        for (long j = 0; j < d; j += 16)
-            store_bf16(y + r * d + j, _mm512_mul_ps(_mm512_mul_ps(load_bf16(in + j), by), _mm512_loadu_ps(w + j)));
-    }
+    for (long r = 0; r < rows; r++) inverse[r] = rms_row(x + r * row, d, w, eps, y + r * d);
 }
 
 /* dx = (g - n mean(g n)) / rms, n = x / rms, g = dy w. */
@@ -46,42 +29,17 @@ void rms_backward(const bf16 *x, long row, const bf16 *dy, long rows, long d, co
     }
 }
 
-/* The pair (i, i + half) of each head turned by the row's angles; sign -1 turns back. y is contiguous. */
+/* sign -1 turns back. y is contiguous. */
 void rotary(const bf16 *x, long row, long rows, long heads, long d, long half, const float *cosines, const float *sines, float sign,
             bf16 *y, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long r = 0; r < rows; r++)
-        for (long h = 0; h < heads; h++) {
-            const bf16 *in = x + r * row + h * d;
-            bf16 *out = y + (r * heads + h) * d;
-            for (long j = 0; j < half; j += 16) {
-                const __m512 a = load_bf16(in + j), b = load_bf16(in + half + j), c = _mm512_loadu_ps(cosines + r * half + j);
-                const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(sines + r * half + j), all(sign));
-                store_bf16(out + j, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-                store_bf16(out + half + j, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
-            }
-            memcpy(out + 2 * half, in + 2 * half, (size_t)(d - 2 * half) * 2);
-        }
-}
-
-/* x sigmoid(k x + e x^3) and its slope: SiLU is k = 1, e = 0; GELU's tanh form is k = 2 sqrt(2/pi), e = 0.044715 k. */
-INLINE __m512 smooth(__m512 x, float k, float e, __m512 *slope) {
-    const __m512 square = _mm512_mul_ps(x, x), inner = _mm512_fmadd_ps(square, all(e), all(k));
-    const __m512 power = exp2_16(_mm512_mul_ps(_mm512_mul_ps(x, inner), all(-LOG2E)));
-    const __m512 s = _mm512_div_ps(all(1), _mm512_add_ps(all(1), power));
-    const __m512 steep = _mm512_mul_ps(x, _mm512_fmadd_ps(square, all(3 * e), all(k)));
-    *slope = _mm512_mul_ps(s, _mm512_fmadd_ps(steep, _mm512_sub_ps(all(1), s), all(1)));
-    return _mm512_mul_ps(x, s);
+        rotary_row(x + r * row, heads, d, half, cosines + r * half, sines + r * half, sign, y + r * heads * d);
 }
 
 void gated_forward(const bf16 *gate_up, long rows, long f, float k, float e, bf16 *y, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long r = 0; r < rows; r++)
-        for (long j = 0; j < f; j += 16) {
-            const bf16 *gate = gate_up + 2 * r * f + j;
-            __m512 slope;
-            store_bf16(y + r * f + j, _mm512_mul_ps(smooth(load_bf16(gate), k, e, &slope), load_bf16(gate + f)));
-        }
+    for (long r = 0; r < rows; r++) gated_row(gate_up + 2 * r * f, f, k, e, y + r * f);
 }
 
 void gated_backward(const bf16 *gate_up, const bf16 *dy, long rows, long f, float k, float e, bf16 *d_gate_up, int threads) {

@@ -5,11 +5,13 @@
  *   B is "paired": word [k][n] holds rows 2k and 2k+1 of column n.
  * Row-major data becomes paired by `pair_rows`, its transpose by `transpose` (of 32-bit words).
  */
+#pragma once
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.4426950408889634f
 #define ROWS 4 /* of C held in registers at a time: 4 x 4 accumulators */
 
 typedef uint16_t bf16;

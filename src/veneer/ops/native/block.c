@@ -1,0 +1,150 @@
+/* The blocks of a decoder for a handful of rows that read one token each, in one call and one parallel region.
+ *
+ *     a = h + o(attention(rotary(qkv(norm(h)))))        y = a + down(act(gate) * up),  gate | up = up(norm(a))
+ *
+ * with norms on what is added, or on q and k, where the model has them.
+ * Nothing here is new: these are the functions of few.c, rows.c and mixed.c, in their order and with their roundings, so the result
+ * is theirs bit for bit. What goes is the way back to Python after each, a dozen times a block, which took half as long as the weights.
+ */
+#include <stdlib.h>
+
+#include "few.h"
+#include "mixed.h"
+#include "rows.h"
+
+typedef struct {
+    const char *weight;
+    const float *scale; /* of each row of int8 codes; NULL where the weight is bf16 */
+    int64_t out;
+} Piece;
+
+/* Pieces under each other share one input. The bias is NULL or `out` long. */
+typedef struct {
+    const Piece *pieces;
+    const bf16 *bias;
+    int64_t count, in, out;
+} Product;
+
+typedef struct {
+    Product qkv, o, up, down;
+    const float *attn_norm, *mlp_norm, *post_attn_norm, *post_mlp_norm, *q_norm, *k_norm; /* each may be NULL: not normed */
+    float eps, scale, k, e;
+    int64_t heads, kv, d, half, window, whole, local; /* whole: q and k are normed over all heads together; local: the second angles */
+} Block;
+
+/* Where a row's sequence keeps what it has read: keys at store + layer * layer_step + position * position_step, values value_step
+ * further. `at` is the position that the row takes. Steps count elements. */
+typedef struct {
+    bf16 *store;
+    int64_t layer_step, value_step, position_step, at;
+} Place;
+
+/* Of each row, [n][half]. */
+typedef struct {
+    const float *cosines, *sines;
+} Angles;
+
+INLINE void share_product(const Product *p, const bf16 *x, long n, bf16 *y) {
+    long first = 0;
+    for (long i = 0; i < p->count; first += p->pieces[i++].out) {
+        const Piece *piece = p->pieces + i;
+        if (piece->scale) share_rows(INT8, x, p->in, piece->weight, piece->scale, n, piece->out, p->in, y + first, p->out, SET);
+        else share_rows(BF16, x, p->in, piece->weight, NULL, n, piece->out, p->in, y + first, p->out, SET);
+    }
+}
+
+/* In place, `count` pieces of d; nothing without weights. */
+INLINE void norm(bf16 *x, long count, long d, const float *w, float eps) {
+    if (!w) return;
+    for (long i = 0; i < count; i++) rms_row(x + i * d, d, w, eps, x + i * d);
+}
+
+/* y = x W^T + updates, complete when it returns; biases are added by whoever reads a row next. */
+INLINE void projected(const Product *p, const Updates *u, const bf16 *x, long n, bf16 *h, bf16 *y) {
+    share_product(p, x, n, y);
+    if (u) share_shrinks(u, x, p->in, p->in, h);
+#pragma omp barrier
+    if (!u) return;
+    share_expands(u, h, y, p->out);
+#pragma omp barrier
+}
+
+/* Inside a parallel region: h is replaced by the residual stream after block `b`. updates[0..3] are those of qkv, o, up, down. */
+static void one_block(const Block *b, long layer, const Place *places, const Angles *angles, const Updates *const *updates, bf16 *h,
+                      long n, bf16 *scratch) {
+    const long hidden = b->qkv.in, wide = b->qkv.out, f = b->down.in, q = b->heads * b->d, kv = b->kv * b->d, group = b->heads / b->kv;
+    const float *cosines = angles[b->local].cosines, *sines = angles[b->local].sines;
+    bf16 *normed = scratch, *a = normed + n * hidden, *qkv = a + n * hidden, *heads = qkv + n * wide;
+    bf16 *gate_up = heads + n * q, *inner = gate_up + n * 2 * f, *y = inner + n * f, *ranks = y + n * hidden;
+#pragma omp for schedule(static)
+    for (long r = 0; r < n; r++) {
+        memcpy(normed + r * hidden, h + r * hidden, (size_t)hidden * 2);
+        norm(normed + r * hidden, 1, hidden, b->attn_norm, b->eps);
+    }
+    projected(&b->qkv, updates[0], normed, n, ranks, qkv);
+#pragma omp for schedule(static)
+    for (long r = 0; r < n; r++) {
+        const Place *p = places + r;
+        bf16 *row = qkv + r * wide, *key = p->store + layer * p->layer_step + p->at * p->position_step;
+        if (b->qkv.bias) add_row(row, b->qkv.bias, wide);
+        norm(row, b->whole ? 1 : b->heads, b->whole ? q : b->d, b->q_norm, b->eps);
+        norm(row + q, b->whole ? 1 : b->kv, b->whole ? kv : b->d, b->k_norm, b->eps);
+        rotary_row(row, b->heads, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, row);
+        rotary_row(row + q, b->kv, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, key);
+        memcpy(key + p->value_step, row + q + kv, (size_t)kv * 2);
+    }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (long r = 0; r < n; r++)
+        for (long g = 0; g < b->kv; g++) {
+            const Place *p = places + r;
+            const long end = p->at + 1, begin = b->window > 0 && end > b->window ? end - b->window : 0, first = g * group * b->d;
+            const bf16 *keys = p->store + layer * p->layer_step + g * b->d;
+            decode_group(qkv + r * wide + first, keys, keys + p->value_step, p->position_step, p->position_step, begin, end, group,
+                         b->d, b->scale, heads + r * q + first);
+        }
+    projected(&b->o, updates[1], heads, n, ranks, a);
+#pragma omp for schedule(static)
+    for (long r = 0; r < n; r++) {
+        bf16 *row = a + r * hidden;
+        if (b->o.bias) add_row(row, b->o.bias, hidden);
+        norm(row, 1, hidden, b->post_attn_norm, b->eps);
+        add_row(row, h + r * hidden, hidden);
+        memcpy(normed + r * hidden, row, (size_t)hidden * 2);
+        norm(normed + r * hidden, 1, hidden, b->mlp_norm, b->eps);
+    }
+    projected(&b->up, updates[2], normed, n, ranks, gate_up);
+#pragma omp for schedule(static)
+    for (long r = 0; r < n; r++) {
+        if (b->up.bias) add_row(gate_up + r * 2 * f, b->up.bias, 2 * f);
+        gated_row(gate_up + r * 2 * f, f, b->k, b->e, inner + r * f);
+    }
+    projected(&b->down, updates[3], inner, n, ranks, y);
+#pragma omp for schedule(static) nowait /* the next to touch these rows is the same thread */
+    for (long r = 0; r < n; r++) {
+        if (b->down.bias) add_row(y + r * hidden, b->down.bias, hidden);
+        norm(y + r * hidden, 1, hidden, b->post_mlp_norm, b->eps);
+        add_row(y + r * hidden, a + r * hidden, hidden);
+        memcpy(h + r * hidden, y + r * hidden, (size_t)hidden * 2);
+    }
+}
+
+/* `count` blocks on the residual stream h [n][hidden], in place; updates has four for each. cosines and sines are [n][half], those of
+ * global and of local layers. Returns 0 without memory. */
+int decode_blocks(const Block *const *blocks, long count, const Place *places, const Angles *angles, const Updates *const *updates, bf16 *h,
+                  long n, int threads) {
+    long most = 0;
+    for (long l = 0; l < count; l++) {
+        const Block *b = blocks[l];
+        long ranks = 0;
+        for (int i = 0; i < 4; i++)
+            if (updates[4 * l + i] && updates[4 * l + i]->scratch > ranks) ranks = updates[4 * l + i]->scratch;
+        const long needed = n * (3 * b->qkv.in + b->qkv.out + b->heads * b->d + 3 * b->down.in) + ranks;
+        if (needed > most) most = needed;
+    }
+    bf16 *scratch = malloc((size_t)most * sizeof(bf16));
+    if (!scratch) return 0;
+#pragma omp parallel num_threads(threads)
+    for (long l = 0; l < count; l++) one_block(blocks[l], l, places, angles, updates + 4 * l, h, n, scratch);
+    free(scratch);
+    return 1;
+}

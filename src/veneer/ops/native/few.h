@@ -1,0 +1,197 @@
+/* Decoding: a handful of rows, so everything is as fast as memory. Each weight, key and value is read once, where it lies.
+ *
+ * Libraries copy the weight into a layout of their own first, or keep such a copy. For up to 16 rows that is not needed: both
+ * operands run along k, so a register of 32 products is summed at the end of each row of W.
+ */
+#pragma once
+#include <math.h>
+
+#include "tile.h"
+
+#define CHUNK 128
+#define WIDEST 256
+#define HEADS 16 /* queries that share a key */
+#define AHEAD 8192 /* bytes of W asked for before they are needed */
+
+enum { SET, ADD, WIDE }; /* what becomes of a product: y = bf16, y += bf16, y = fp32 as it was summed */
+enum { INT8 = 1, BF16 = 2 }; /* bytes of a stored weight */
+
+/* 32 weights of a row from column j on; every int8 is a bf16. */
+INLINE __m512i weights(const int kind, const char *row, long j) {
+    if (kind == BF16) return _mm512_loadu_si512(row + 2 * j);
+    const __m256i codes = _mm256_loadu_si256((const __m256i *)(row + j));
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Two rows of W against `n` rows of x. y_row counts elements of y; `scale` has a factor for each row of an int8 W. */
+INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long k, void *out,
+                     long y_row, int both, const int how) {
+    __m512 a[8], b[8];
+    const char *next = w + (both ? kind * k : 0);
+    for (int i = 0; i < n; i++) a[i] = b[i] = _mm512_setzero_ps();
+    for (long j = 0; j < k; j += 32) {
+        _mm_prefetch(w + kind * j + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(w + kind * (k + j) + AHEAD, _MM_HINT_T0);
+        const __m512i first = weights(kind, w, j), second = weights(kind, next, j);
+        for (int i = 0; i < n; i++) {
+            const __m512i v = _mm512_loadu_si512(x + i * x_row + j);
+            a[i] = dot(a[i], first, v);
+            b[i] = dot(b[i], second, v);
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        float one = _mm512_reduce_add_ps(a[i]), two = _mm512_reduce_add_ps(b[i]);
+        if (kind == INT8) one *= scale[0], two *= scale[both];
+        if (how == WIDE) {
+            float *to = (float *)out + i * y_row;
+            to[0] = one;
+            if (both) to[1] = two;
+            continue;
+        }
+        bf16 narrowed[16] = {0}, *y = (bf16 *)out + i * y_row;
+        __m512 sum = _mm512_mask_blend_ps(1, _mm512_set1_ps(two), _mm512_set1_ps(one));
+        if (how == ADD) {
+            memcpy(narrowed, y, both ? 4 : 2);
+            sum = _mm512_add_ps(sum, load_bf16(narrowed));
+        }
+        store_bf16(narrowed, sum);
+        memcpy(y, narrowed, both ? 4 : 2);
+    }
+}
+
+INLINE void up_to_eight(long n, const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long k, void *y,
+                        long y_row, int both, const int how) {
+    switch (n) {
+    case 1: two_rows(1, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 2: two_rows(2, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 3: two_rows(3, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 4: two_rows(4, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 5: two_rows(5, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 6: two_rows(6, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    case 7: two_rows(7, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
+    default: two_rows(8, kind, x, x_row, w, scale, k, y, y_row, both, how);
+    }
+}
+
+/* Inside a parallel region: y[n][m] = x[n][k] w[m][k]^T, shared out among its threads, with no barrier at the end. */
+INLINE void share_rows(const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long n, long m, long k, void *y,
+                       long y_row, const int how) {
+#pragma omp for schedule(static) nowait
+    for (long r = 0; r < m; r += 2)
+        for (long i = 0; i < n; i += 8) {
+            void *to = how == WIDE ? (void *)((float *)y + i * y_row + r) : (void *)((bf16 *)y + i * y_row + r);
+            up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w + kind * r * k, scale + (kind == INT8 ? r : 0), k, to, y_row, r + 1 < m, how);
+        }
+}
+
+/* Lane r is the sum over the lanes of a[r]. */
+INLINE __m512 sums_of(const __m512 *a) {
+    __m512 two[8], four[4], eight[2];
+    for (int i = 0; i < 8; i++)
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d even = _mm512_castps_pd(two[2 * i]), odd = _mm512_castps_pd(two[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    for (int i = 0; i < 2; i++)
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+INLINE __m512i columns(const bf16 *row, long d, long from) {
+    return _mm512_maskz_loadu_epi16(d - from < 32 ? 0xffff : 0xffffffff, row + from);
+}
+
+/* q k of one query and up to 16 keys, -inf for those beyond `keys`. */
+INLINE __m512 scores_of(const bf16 *q, const bf16 *k, long k_row, long keys, long d) {
+    __m512 sums[16];
+    for (int m = 0; m < 16; m++) sums[m] = _mm512_setzero_ps();
+    for (long i = 0; i < d; i += 32) {
+        const __m512i query = columns(q, d, i);
+        if (keys >= 16)
+            for (int m = 0; m < 16; m++) sums[m] = dot(sums[m], query, columns(k + m * k_row, d, i));
+        else
+            for (int m = 0; m < 16; m++) sums[m] = dot(sums[m], query, columns(k + (m < keys ? m : 0) * k_row, d, i));
+    }
+    const __mmask16 valid = keys >= 16 ? 0xffff : (__mmask16)((1u << keys) - 1);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), valid, sums_of(sums));
+}
+
+/* O += P V for `n` queries and 32 columns. A pair of rows of V is interleaved within lanes of four words, so O has its columns in the
+ * order 0-3, 8-11, 16-19, 24-27 and then the others, until `restored`. */
+INLINE void weigh(const int n, const bf16 *P, const bf16 *v, long v_row, long keys, long d, long from, float *O, long o_row) {
+    __m512 low[4], high[4];
+    for (int h = 0; h < n; h++) low[h] = _mm512_loadu_ps(O + h * o_row), high[h] = _mm512_loadu_ps(O + h * o_row + 16);
+    for (long j = 0; j < keys; j += 2) {
+        const __m512i even = columns(v + j * v_row, d, from);
+        const __m512i odd = j + 1 < keys ? columns(v + (j + 1) * v_row, d, from) : _mm512_setzero_si512();
+        const __m512i first = _mm512_unpacklo_epi16(even, odd), second = _mm512_unpackhi_epi16(even, odd);
+        for (int h = 0; h < n; h++) {
+            uint32_t word;
+            memcpy(&word, P + h * CHUNK + j, 4);
+            const __m512i weights = _mm512_set1_epi32((int)word);
+            low[h] = dot(low[h], weights, first);
+            high[h] = dot(high[h], weights, second);
+        }
+    }
+    for (int h = 0; h < n; h++) _mm512_storeu_ps(O + h * o_row, low[h]), _mm512_storeu_ps(O + h * o_row + 16, high[h]);
+}
+
+INLINE __m512 restored(const float *O, const int half) {
+    const __m512 low = _mm512_loadu_ps(O), high = _mm512_loadu_ps(O + 16);
+    const __m512 both = half ? _mm512_shuffle_f32x4(low, high, 0xee) : _mm512_shuffle_f32x4(low, high, 0x44);
+    return _mm512_shuffle_f32x4(both, both, 0xd8);
+}
+
+/* The queries of one group of heads against one sequence's keys [begin, end), CHUNK at a time with a running maximum. */
+static void decode_group(const bf16 *q, const bf16 *k, const bf16 *v, long k_row, long v_row, long begin, long end, long group, long d,
+                         float scale, bf16 *out) {
+    float S[CHUNK], O[HEADS * WIDEST], tops[HEADS], sums[HEADS];
+    bf16 P[HEADS * CHUNK];
+    const long wide = (d + 31) / 32 * 32;
+    const __m512 factor = _mm512_set1_ps(scale * LOG2E);
+    memset(O, 0, (size_t)(group * wide) * sizeof *O);
+    for (long h = 0; h < group; h++) tops[h] = -1e30f, sums[h] = 0;
+    for (long j = begin; j < end; j += CHUNK) {
+        const long keys = end - j < CHUNK ? end - j : CHUNK;
+        for (long h = 0; h < group; h++) {
+            __m512 high = _mm512_set1_ps(tops[h]), sum = _mm512_setzero_ps();
+            for (long r = 0; r < keys; r += 16) {
+                const __m512 s = scores_of(q + h * d, k + (j + r) * k_row, k_row, keys - r, d);
+                high = _mm512_max_ps(high, s);
+                _mm512_storeu_ps(S + r, s);
+            }
+            const float top = _mm512_reduce_max_ps(high);
+            const __m512 shift = _mm512_mul_ps(_mm512_set1_ps(top), factor);
+            for (long r = 0; r < keys; r += 16) {
+                const __m512 p = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(S + r), factor, shift));
+                sum = _mm512_add_ps(sum, p);
+                store_bf16(P + h * CHUNK + r, p);
+            }
+            const __m512 fade = exp2_16(_mm512_fmsub_ps(_mm512_set1_ps(tops[h]), factor, shift));
+            sums[h] = sums[h] * _mm512_cvtss_f32(fade) + _mm512_reduce_add_ps(sum);
+            tops[h] = top;
+            for (long i = 0; i < wide && j > begin; i += 16)
+                _mm512_storeu_ps(O + h * wide + i, _mm512_mul_ps(_mm512_loadu_ps(O + h * wide + i), fade));
+        }
+        for (long i = 0; i < d; i += 32)
+            for (long h = 0; h < group; h += 4) {
+                const bf16 *weights = P + h * CHUNK, *values = v + j * v_row;
+                float *to = O + h * wide + i;
+                switch (group - h) {
+                case 1: weigh(1, weights, values, v_row, keys, d, i, to, wide); break;
+                case 2: weigh(2, weights, values, v_row, keys, d, i, to, wide); break;
+                case 3: weigh(3, weights, values, v_row, keys, d, i, to, wide); break;
+                default: weigh(4, weights, values, v_row, keys, d, i, to, wide);
+                }
+            }
+    }
+    for (long h = 0; h < group; h++)
+        for (long i = 0; i < d; i += 16) {
+            const float *from = O + h * wide + i / 32 * 32;
+            store_bf16(out + h * d + i, _mm512_div_ps(i % 32 ? restored(from, 1) : restored(from, 0), _mm512_set1_ps(sums[h])));
+        }
+}
