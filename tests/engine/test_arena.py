@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.engine.arena import Arena, capacity, whole_capacity
-from veneer.models.decoder import Run
+from veneer.models.state import Run
 from veneer.ops.attention import attention_over_reference
 
 KV, HEADS, DIM = 2, 4, 8

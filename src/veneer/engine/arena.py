@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.models.decoder import Run
+from veneer.models.state import Run
 from veneer.ops.attention import attention, attention_over, decode_attention
 from veneer.ops.native.block import Place
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +17,7 @@ from veneer.models.bank import Bank
 from veneer.models.config import DecoderConfig
 from veneer.models.group import Group
 from veneer.models.project import packs_of
+from veneer.models.state import Pass
 from veneer.ops.frozen import DenseFrozen, Frozen, IntegerRows
 from veneer.ops.mixed import plan
 from veneer.ops.native.block import NORMS, Block, Product, Shape, Stack, block
@@ -25,9 +25,6 @@ from veneer.ops.native.few import FEW
 from veneer.ops.native.mixed import Jobs
 from veneer.ops.pack import Packs
 from veneer.types import Span
-
-if TYPE_CHECKING:
-    from veneer.models.decoder import Pass
 
 GROUPS = ("qkv", "o", "up", "down")
 

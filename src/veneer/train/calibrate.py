@@ -30,8 +30,9 @@ from veneer.methods._lowrank import LowRankMethod
 from veneer.methods.prefix import PrefixTuning
 from veneer.models.bank import spans_of
 from veneer.models.base import Base
-from veneer.models.decoder import Decoder, Run
+from veneer.models.decoder import Decoder
 from veneer.models.project import spans_at
+from veneer.models.state import Run
 from veneer.ops.attention import attention
 from veneer.train.inputs import covariances, input_directions, require_projections
 from veneer.train.lots import ByLot, Progress, lots
