@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import uvicorn
 
 from veneer.server.app import create_app
@@ -33,4 +35,6 @@ def serve(service: Service) -> None:
         timeout_graceful_shutdown=int(settings.drain) + 5,
         timeout_keep_alive=30,
     )
+    # What exists now stays. Without this the collector walks all of torch's objects now and then: 90 ms between two tokens.
+    gc.freeze()
     _Server(config, service).run()
