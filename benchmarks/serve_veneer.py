@@ -14,6 +14,7 @@ Random adapters on all linear layers of every block. What is compared within thi
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -330,6 +331,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(rows), action="append")
     args = parser.parse_args()
     base = vn.load_base(args.model, dtype=args.dtype, quantize=args.quantize)
+    gc.freeze()  # as `veneer serve` does
     result: dict[str, Any] = {"peer": "veneer"}
     for name in args.only or rows:
         result[name] = rows[name](base, args)

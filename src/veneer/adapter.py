@@ -60,6 +60,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What an adapter said on one short text when it was saved, for whoever wants to know whether it still does.
+
+    digest        of the adapter that was asked: what is made from it says something else
+    ids           the text's tokens
+    tokens        the likeliest next tokens
+    logits, base  their scores with the adapter and without
+    """
+
+    digest: str
+    ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logits: tuple[float, ...]
+    base: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where an adapter came from. Everything is optional: a file from elsewhere says little.
 
@@ -70,6 +87,7 @@ class Provenance:
     data           SHA-256 of the training rows
     parents        digests of the adapters this one was made from
     chat_template  the template its data was rendered with
+    probe          what it said when it was saved
     extra          anything else worth keeping, as JSON
     """
 
@@ -80,6 +98,7 @@ class Provenance:
     data: str | None = None
     parents: tuple[str, ...] = ()
     chat_template: str | None = None
+    probe: Probe | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +125,11 @@ class Adapter:
     def targets(self) -> tuple[str, ...]:
         """The module paths that carry a part, as named in the checkpoint."""
         return tuple(dict.fromkeys(p.target for p in self.parts if p.target is not None))
+
+    @cached_property
+    def shared(self) -> tuple[Part, ...]:
+        """Weight parts without a target: tensors that are stored once for all targets (VeRA)."""
+        return tuple(p for p in self.parts if p.site == "weight" and p.target is None)
 
     @property
     def num_parameters(self) -> int:

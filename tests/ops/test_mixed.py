@@ -9,7 +9,7 @@ from torch import Tensor
 from veneer.ops.low_rank import DenseFrozen, Pack, Packs, adapted_linear, adapted_linear_reference
 from veneer.ops.mixed import plan
 from veneer.ops.native import build
-from veneer.ops.native.mixed import RUN, Piece, columns_together, jobs
+from veneer.ops.native.mixed import RUN, columns_together, factors, jobs
 from veneer.types import Span
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
@@ -24,17 +24,20 @@ def random(g: torch.Generator, *shape: int, size: float = 1.0) -> Tensor:
 def test_the_kernel_is_the_definition(k: int, outs: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
     x, y = random(g, 20, k), random(g, 20, sum(outs))
-    exact, pieces, row = y.double(), [], 0
+    exact, runs, row = y.double(), [], 0
     for rows, rank in ((1, 16), (2, 7), (7, 1), (1, 33), (9, 5)):
-        column = 0
+        column, pairs = 0, []
         for out in outs:
             A, B = random(g, rank, k, size=k**-0.5), columns_together(random(g, out, rank))
-            pieces.append(Piece(row, rows, A, B, column))
+            pairs.append((A, B, column))
             part = slice(row, row + rows), slice(column, column + out)
             exact[part] += x[row : row + rows].double() @ A.double().t() @ B.double().t()
             column += out
+        made_of = factors(pairs)
+        assert made_of is not None
+        runs.append((row, rows, made_of))
         row += rows
-    made = jobs(pieces)
+    made = jobs(runs)
     assert made is not None
     assert made.add(y, x)
     assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
@@ -44,18 +47,21 @@ def test_the_kernel_is_the_definition(k: int, outs: tuple[int, ...]) -> None:
 def test_what_the_kernel_cannot_take_is_left_to_others() -> None:
     g = torch.Generator().manual_seed(0)
     A, B = random(g, 4, 64), columns_together(random(g, 32, 4))
-    good = Piece(0, 1, A, B, 0)
-    assert jobs([good]) is not None
+    good = factors([(A, B, 0)])
+    assert good is not None
     for bad in (
-        Piece(0, RUN + 1, A, B, 0),
-        Piece(0, 1, A.float(), B.float(), 0),
-        Piece(0, 1, A, B.contiguous(), 0),
-        Piece(0, 1, random(g, 4, 40), B, 0),
-        Piece(0, 1, A.clone().requires_grad_(), B, 0),
+        (A.float(), B.float(), 0),
+        (A, B.contiguous(), 0),
+        (random(g, 4, 40), B, 0),
+        (random(g, 3, 64), B, 0),
+        (A.clone().requires_grad_(), B, 0),
     ):
-        assert jobs([good, bad]) is None
-    assert jobs([]) is None
-    made = jobs([good])
+        assert factors([(A, B, 0), bad]) is None
+    assert factors([]) is None
+    other = factors([(random(g, 4, 96), B, 0)])
+    assert other is not None
+    assert jobs([]) is None and jobs([(0, RUN + 1, good)]) is None and jobs([(0, 1, good), (1, 1, other)]) is None
+    made = jobs([(0, 1, good)])
     assert made is not None
     assert not made.add(torch.zeros(1, 32), random(g, 1, 64))
     assert not made.add(random(g, 1, 32), random(g, 1, 96))

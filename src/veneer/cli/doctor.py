@@ -5,7 +5,8 @@
     veneer doctor --base ./my-model
 
 Looks for unmatched targets, dead or non-finite tensors, updates that are zero, a wrong base, trouble with the chat template or
-the end-of-text token, and scales that surprise. The exit code is 1 where an error was found.
+the end-of-text token, scales that surprise, and an adapter that says something else than when it was saved. The exit code is 1
+where an error was found.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    from veneer.diagnose import Finding, adapter_findings, base_findings, file_findings, pair_findings, worst
+    from veneer.diagnose import (
+        Finding,
+        adapter_findings,
+        base_findings,
+        file_findings,
+        pair_findings,
+        probe_findings,
+        worst,
+    )
     from veneer.models.load import load_base
 
     if adapter is None and base is None:
@@ -43,7 +52,8 @@ def command(
         model = load_base(base)
         findings += base_findings(model.tokenizer, model.config.vocab)
         if loaded is not None:
-            findings += pair_findings(loaded, model, model.tokenizer.template if model.tokenizer else None)
+            together = pair_findings(loaded, model, model.tokenizer.template if model.tokenizer else None)
+            findings += together if worst(together) == "error" else [*together, *probe_findings(loaded, model)]
     level = worst(findings)
     if as_json:
         say_json({"worst": level, "findings": [asdict(f) for f in findings]})

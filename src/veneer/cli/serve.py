@@ -12,6 +12,7 @@ Elsewhere than on this machine it listens only with --keys.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,19 +91,27 @@ def command(
     shelf = Shelf(Library(library) if library is not None else None)
     if shelf.library is not None:
         shelf.library.list(limit=1)
-    loaded = load_base(base, dtype=dtype, quantize=quantize)
-    engine = Engine(
-        loaded,
-        source=shelf,
-        limits=Limits(streams=streams, adapters=distinct),
-        kv_bytes=_bytes(kv_memory),
-        adapter_bytes=_bytes(adapter_memory),
-        reproducible=reproducible,
-    )
-    for name, value in given.items():
-        engine.add(name, value, pin=True)
-    if hot is not None:
-        engine.heat(hot)
+
+    def ready() -> Engine:
+        made = Engine(
+            load_base(base, dtype=dtype, quantize=quantize),
+            source=shelf,
+            limits=Limits(streams=streams, adapters=distinct),
+            kv_bytes=_bytes(kv_memory),
+            adapter_bytes=_bytes(adapter_memory),
+            reproducible=reproducible,
+        )
+        for name, value in given.items():
+            made.add(name, value, pin=True)
+        if hot is not None:
+            made.heat(hot)
+        return made
+
+    # On a thread that ends, with the OpenMP threads it has started: two teams on two cores would slow each other's barriers down,
+    # and the engine's thread needs one of its own.
+    with ThreadPoolExecutor(1) as pool:
+        engine = pool.submit(ready).result()
+    loaded = engine.base
     service = Service(loaded, engine, shelf, keyring, settings, Metrics(settings.named_adapters))
     if as_json:
         say_json({"url": f"http://{host}:{port}/v1", "base": loaded.name, "identity": loaded.identity})

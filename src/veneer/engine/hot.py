@@ -25,7 +25,7 @@ from torch import Tensor
 
 from veneer.adapter import Adapter
 from veneer.base.identity import compare
-from veneer.engine.batch import Resident, lowered_for, resident_of
+from veneer.engine.batch import Resident, check, lowered_for, resident_of
 from veneer.engine.dense import beside
 from veneer.engine.loader import Loader
 from veneer.engine.slots import Slots
@@ -142,9 +142,9 @@ class Hot:
                     self.heat, state="hot", bytes=done.bytes, lost=done.lost, checksum=done.checksum, reason=""
                 )
                 log.info("adapter %s is hot: %s bytes beside the base", self.heat.name, f"{done.bytes:,}")
-        for check in self._checker.finished():
-            intact = check.result == self.heat.checksum
-            reason = "" if intact else check.error or "the base's tensors are not those that were there before"
+        for checked in self._checker.finished():
+            intact = checked.result == self.heat.checksum
+            reason = "" if intact else checked.error or "the base's tensors are not those that were there before"
             self.heat = replace(self.heat, state="cold" if intact else "failed", bytes=0, intact=intact, reason=reason)
             if not intact:
                 log.critical("the base has changed while %s was hot: restart", self.heat.name)
@@ -217,6 +217,7 @@ def merge_beside(adapter: Adapter, base: Base, decoder: Decoder, budget: int) ->
         raise Unsupported(
             f"{adapter.spec.kind} changes no projection, so there is nothing to merge", help="serve it as it is"
         )
+    check(adapter)
     lowered = lowered_for([(adapter, 1.0)], base)
     if lowered.invocation is not None:
         raise Unsupported("an invoked adapter (aLoRA) can't be merged: before its invocation the base answers")

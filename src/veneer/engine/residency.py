@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from veneer.adapter import Adapter
 from veneer.base.identity import compare
+from veneer.diagnose import check_probe
 from veneer.engine.batch import Resident, prepare
 from veneer.engine.loader import Loader
 from veneer.engine.slots import Slots, State
@@ -44,6 +45,8 @@ class Residency:
         """Check and pack `adapter` here and now, and file it under `name`; its digest."""
         compare(adapter, self._base, allow=allow)
         resident = prepare([(adapter, 1.0)], self._base)
+        if allow is None:
+            check_probe(adapter, self._base, resident.bank)
         found = self.local.add(name, adapter, replace=replace)
         self.slots.know(found.digest, resident.bytes)
         before = self.slots.slot(found.digest).state
@@ -94,4 +97,7 @@ class Residency:
         parts = [(found.load(), factor) for found, factor in recipe.parts]
         for (adapter, _), (found, _) in zip(parts, recipe.parts, strict=True):
             compare(adapter, self._base, allow=found.allow)
-        return prepare(parts, self._base)
+        resident = prepare(parts, self._base)
+        if len(parts) == 1 and parts[0][1] == 1.0 and recipe.parts[0][0].allow is None:
+            check_probe(parts[0][0], self._base, resident.bank)
+        return resident

@@ -12,9 +12,9 @@ import json
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
-from veneer.adapter import Adapter, Part, Provenance
+from veneer.adapter import Adapter, Part, Probe, Provenance
 from veneer.errors import ConfigError, FormatError, VeneerError, listed
 from veneer.methods import Method, parse
 from veneer.types import HostKind, Site
@@ -33,6 +33,24 @@ class PartRecord(BaseModel):
     host: HostKind
 
 
+class ProbeRecord(BaseModel):
+    """`Probe` as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    ids: tuple[NonNegativeInt, ...] = Field(min_length=1, max_length=1024)
+    tokens: tuple[NonNegativeInt, ...] = Field(min_length=1, max_length=64)
+    logits: tuple[FiniteFloat, ...]
+    base: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _one_score_a_token(self) -> ProbeRecord:
+        if not len(self.tokens) == len(self.logits) == len(self.base):
+            raise ValueError(f"{len(self.tokens)} tokens need as many logits and base scores")
+        return self
+
+
 class ProvenanceRecord(BaseModel):
     """`Provenance` as JSON."""
 
@@ -45,6 +63,7 @@ class ProvenanceRecord(BaseModel):
     data: str | None = None
     parents: tuple[str, ...] = ()
     chat_template: str | None = None
+    probe: ProbeRecord | None = None
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -72,7 +91,9 @@ class Sidecar(BaseModel):
             ) from error
 
     def origin(self) -> Provenance:
-        return Provenance(**{name: getattr(self.provenance, name) for name in ProvenanceRecord.model_fields})
+        told = {name: getattr(self.provenance, name) for name in ProvenanceRecord.model_fields}
+        probe = self.provenance.probe
+        return Provenance(**{**told, "probe": None if probe is None else Probe(**dict(probe))})
 
 
 def scales(adapter: Adapter) -> dict[str, float]:

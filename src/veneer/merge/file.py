@@ -31,6 +31,7 @@ from veneer.merge.plan import Edit, Places, edits
 from veneer.merge.rounding import Rounded, blocks, merged, share_lost
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, Span, licence, store_of, with_extra, write_shards
 from veneer.models.base import Base
+from veneer.ops.scratch import keep_freed_memory
 
 NOTICEABLE = 0.05
 """A share of the update lost to rounding that a user should know about."""
@@ -112,6 +113,7 @@ def merge(
     store = store_of(base if isinstance(base, Base) else str(base))
     verdict = belongs(store, adapter, allow_base_mismatch)
     changes = edits(adapter, store, untie=untie)
+    keep_freed_memory()  # a tensor's room serves the next one: the kernel would clear every page anew
     job = _Job(store, changes, stochastic, Recorder() if unmergeable else None)
     told = story or Story(name=place.name)
     replace_folder(place, frozenset(), lambda folder: job.write(folder, adapter, verdict, told))

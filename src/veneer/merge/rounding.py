@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from veneer.ops.native import merge as native
+
 BLOCK = 2**18
 """Elements of a block of rows: 1 MB of fp32, which stays in a core's cache through all the steps."""
 
@@ -79,9 +81,12 @@ class LowRankRows(Update):
         return self.left[start:stop] @ self.right
 
     def add(self, exact: Tensor, start: int, stop: int) -> float:
-        left = self.left[start:stop]
-        exact.addmm_(left, self.right)
-        wide = left.double()
+        exact.addmm_(self.left[start:stop], self.right)
+        return self.square(start, stop)
+
+    def square(self, start: int, stop: int) -> float:
+        """The sum of the squares of these rows."""
+        wide = self.left[start:stop].double()
         return float(((wide.t() @ wide) * self._gram).sum())
 
 
@@ -94,6 +99,10 @@ def merged(stored: Tensor, update: Update, generator: torch.Generator | None = N
     """round(stored + update) for a matrix or vector; with a generator the rounding is stochastic."""
     work = working_dtype(stored.dtype)
     value = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    if isinstance(update, LowRankRows) and generator is None:
+        squares = native.low_rank(stored, update.left, update.right, value)
+        if squares is not None:
+            return Rounded(value, squares[0], update.square(0, len(stored)), squares[1])
     lost = delta = weight = 0.0
     for start, stop in blocks(stored):
         exact = stored[start:stop].to(work)

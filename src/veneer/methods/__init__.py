@@ -84,8 +84,8 @@ def misfits(adapter: Adapter, part: Part, shape: HostShape) -> list[str]:
 
 def complete(adapter: Adapter, part: Part) -> Part:
     """`part` with the tensors that its adapter stores once for all of them (a weight part without target)."""
-    for shared in adapter.parts:
-        if shared.kind == part.kind and shared.site == "weight" and shared.target is None:
+    for shared in adapter.shared:
+        if shared.kind == part.kind:
             return replace(part, tensors={**shared.tensors, **part.tensors})
     return part
 

@@ -191,7 +191,7 @@ class Bank:
 
         return replace(
             self,
-            groups={n: replace(p, packs=tuple(of_pack(x) for x in p.packs)) for n, p in self.groups.items()},
+            groups={n: replace(p, packs=type(p.packs)(of_pack(x) for x in p.packs)) for n, p in self.groups.items()},
             sublayers=tuple({k: tuple(of_bottleneck(b) for b in v) for k, v in s.items()} for s in self.sublayers),
             tokens=tuple(None if t is None else Tokens(function(t.rows)) for t in self.tokens),
             kv=tuple({i: KV(function(e.key), function(e.value)) for i, e in m.items()} for m in self.kv),

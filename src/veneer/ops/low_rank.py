@@ -21,7 +21,7 @@ from veneer.ops.adapted import Adapted, infer
 from veneer.ops.frozen import DenseFrozen, Frozen, product
 from veneer.ops.mixed import plan
 from veneer.ops.native import few
-from veneer.ops.pack import BARE, Pack, Packs, Stacked, row_numbers, stack
+from veneer.ops.pack import BARE, Pack, Packs, Stacked, places_of, stack
 from veneer.ops.prologue import Gated, Identity, Normed, Prologue
 from veneer.ops.recording import recorded, unrecorded
 from veneer.types import Span
@@ -132,7 +132,11 @@ def _run(
         return infer(x, frozen, bias, ours, rows)
     shape = x.dtype, frozen.in_features, frozen.out_features
     side_by_side = packs.stacked(tuple(used), *shape) if isinstance(packs, Packs) else stack(ours, *shape)
-    return _infer_stacked(x, frozen, bias, side_by_side, row_numbers(spans, used, x.device))
+    if isinstance(packs, Packs):
+        places = packs.places(tuple(spans), tuple(used), side_by_side)
+    else:
+        places = places_of(spans, used, side_by_side)
+    return _infer_stacked(x, frozen, bias, side_by_side, *places)
 
 
 SHORT = 4_000_000
@@ -148,13 +152,15 @@ def _short(spans: Sequence[Span], packs: list[Pack], frozen: Frozen) -> bool:
 
 
 @unrecorded
-def _infer_stacked(x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor) -> Tensor:
-    """`adapted_linear` over stacked packs: row n belongs to pack numbers[n]."""
+def _infer_stacked(
+    x: Tensor, frozen: Frozen, bias: Tensor | None, packs: Stacked, numbers: Tensor, foreign: Tensor
+) -> Tensor:
+    """`adapted_linear` over stacked packs: row n belongs to pack numbers[n], and its rank r to another where foreign[n, r]."""
     if packs.in_scales is not None:
         x = x * packs.in_scales[numbers]
     y = frozen.apply(x)
     if packs.A is not None:
-        h = product(x, packs.A.t()).masked_fill_(numbers[:, None] != packs.owners, 0)
+        h = product(x, packs.A.t()).masked_fill_(foreign, 0)
         for columns, ranks, b in packs.parts:
             if not few.add_product(y[:, columns], h[:, ranks], b):
                 y[:, columns].addmm_(h[:, ranks], b.t())

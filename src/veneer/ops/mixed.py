@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def plan(packs: Sequence[Pack], spans: Sequence[Span], dtype: torch.dtype) -> Pl
     if any(t is not None and t.dtype != dtype for pack in ours for t in pack.tensors()):
         return None
     rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
-    pieces: list[mixed.Piece] = []
+    runs: list[tuple[int, int, mixed.Factors]] = []
     long: list[tuple[slice, Pack]] = []
     for part, i in rows:
         pack = ours[i]
@@ -67,18 +68,25 @@ def plan(packs: Sequence[Pack], spans: Sequence[Span], dtype: torch.dtype) -> Pl
             continue
         if part.stop - part.start > mixed.RUN:
             long.append((part, pack))
-        else:
-            pieces += _pieces(part, pack)
-    jobs = mixed.jobs(pieces)
-    if pieces and jobs is None:
+            continue
+        factors = _factors(pack)
+        if factors is None:
+            return None
+        runs.append((part.start, part.stop - part.start, factors))
+    jobs = mixed.jobs(runs)
+    if runs and jobs is None:
         return None
     vectors = any(t is not None for pack in ours for t in (pack.in_scale, pack.out_scale, pack.bias))
     return Plan(jobs, tuple(long), ours, rows, vectors)
 
 
-def _pieces(part: slice, pack: Pack) -> list[mixed.Piece]:
-    assert pack.A is not None
-    return [
-        mixed.Piece(part.start, part.stop - part.start, pack.A[first:last], b, start)
-        for b, (first, last), (start, _) in zip(pack.B, pack.ranks(), pack.columns, strict=True)
-    ]
+_KNOWN: WeakKeyDictionary[Pack, mixed.Factors | None] = WeakKeyDictionary()
+
+
+def _factors(pack: Pack) -> mixed.Factors | None:
+    """The pack's pairs for the kernel, made once: packs of a bank do not change."""
+    if pack not in _KNOWN:
+        assert pack.A is not None
+        ranks = zip(pack.B, pack.ranks(), pack.columns, strict=True)
+        _KNOWN[pack] = mixed.factors((pack.A[first:last], b, start) for b, (first, last), (start, _) in ranks)
+    return _KNOWN[pack]

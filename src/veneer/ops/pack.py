@@ -65,6 +65,7 @@ class Packs(tuple[Pack, ...]):
 
     _last: tuple[tuple[int, ...], torch.dtype, Stacked] | None = None
     _plan: tuple[tuple[Span, ...], torch.dtype, Any] | None = None
+    _rows: tuple[Stacked, tuple[Span, ...], tuple[Tensor, Tensor]] | None = None
     _placed: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
 
     def placed(self, spans: tuple[Span, ...], place: Callable[[Sequence[Span]], tuple[Span, ...]]) -> tuple[Span, ...]:
@@ -84,6 +85,12 @@ class Packs(tuple[Pack, ...]):
             known = self._plan
         found: P | None = known[2]
         return found
+
+    def places(self, spans: tuple[Span, ...], used: tuple[int, ...], stacked: Stacked) -> tuple[Tensor, Tensor]:
+        """`places_of`, remembered for the spans last asked for."""
+        if self._rows is None or self._rows[0] is not stacked or self._rows[1] != spans:
+            self._rows = (stacked, spans, places_of(spans, used, stacked))
+        return self._rows[2]
 
     def stacked(self, used: tuple[int, ...], dtype: torch.dtype, in_features: int, out_features: int) -> Stacked:
         if self._last is None or self._last[:2] != (used, dtype):
@@ -151,9 +158,11 @@ def _table(vectors: list[Tensor | None], width: int, neutral: float, dtype: torc
     return torch.stack([plain if v is None else v.to(dtype) for v in (*vectors, None)])
 
 
-def row_numbers(spans: Sequence[Span], used: Sequence[int], device: torch.device) -> Tensor:
-    """For each row the place of its pack in `used`; len(used) for the bare base."""
+def places_of(spans: Sequence[Span], used: Sequence[int], stacked: Stacked) -> tuple[Tensor, Tensor]:
+    """For each row the place of its pack in `used` `[n]` (len(used): none), and which ranks are not its own `[n, R]`."""
     place = {index: i for i, index in enumerate(used)}
-    numbers = [place.get(span.index, len(used)) for span in spans]
+    device = stacked.owners.device
+    numbers = torch.tensor([place.get(span.index, len(used)) for span in spans], device=device)
     lengths = torch.tensor([span.stop - span.start for span in spans], device=device)
-    return torch.tensor(numbers, device=device).repeat_interleave(lengths)
+    numbers = numbers.repeat_interleave(lengths)
+    return numbers, numbers[:, None] != stacked.owners

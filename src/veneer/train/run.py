@@ -29,6 +29,7 @@ import torch
 from veneer import __version__
 from veneer.adapter import Adapter, Provenance
 from veneer.data import Dataset
+from veneer.diagnose import probed
 from veneer.errors import Conflict, ResourceError
 from veneer.evaluate.loss import row_losses
 from veneer.files import sweep
@@ -230,7 +231,7 @@ class _Writer:
         snapshot = run.parameters.snapshot()
         adapter = cast(Method, snapshot.spec).folded(snapshot)
         samples = {t: self.base.samples(t) for t in adapter.targets if t in self.base.shape.hosts}
-        return replace(adapter, provenance=replace(adapter.provenance, base_samples=samples))
+        return probed(replace(adapter, provenance=replace(adapter.provenance, base_samples=samples)), self.base)
 
     def _provenance(self, ready: Preflight) -> dict[str, Any]:
         return {

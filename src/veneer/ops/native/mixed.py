@@ -1,14 +1,19 @@
-"""The C form of low-rank updates of short runs of rows of many adapters. None where the plain form has to do it."""
+"""The C form of low-rank updates of short runs of rows of many adapters. None where the plain form has to do it.
+
+The mix of rows changes whenever an answer begins or ends: what depends on it is made by a few array operations from the rest.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, c_int32, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.ops.native.build import library
@@ -18,49 +23,40 @@ RUN = 64
 BLOCK = 256
 UNIT = 4
 
+_A, _BT, _ROW, _ROWS, _RANK, _COLUMN, _OUT, _FIRST_UNIT, _FIRST_BLOCK, _LINE = range(10)
+"""The fields of a job in mixed.h, eight bytes each: a row of a plain array, as arrays of records are slow to handle."""
 
-class _Job(ctypes.Structure):
+
+class _Updates(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("a", "bt")),
-        *((name, c_int64) for name in ("row", "rows", "rank", "column", "out", "first_unit", "first_block", "line")),
-    ]
-
-
-class Updates(ctypes.Structure):
-    """All jobs of one projection, as the kernels read them."""
-
-    _fields_ = [
-        ("jobs", POINTER(_Job)),
-        *((name, POINTER(c_int32)) for name in ("owner", "block")),
+        *((name, c_void_p) for name in ("jobs", "owner", "block")),
         *((name, c_int64) for name in ("units", "blocks", "scratch")),
     ]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows `[row, row + rows)` and what they get on columns from `column` on: A `[rank, k]`, B `[out, rank]`."""
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One adapter's pairs A `[rank, k]` and B `[out, rank]` on one projection, as the kernel reads them: a record a pair."""
 
-    row: int
-    rows: int
-    A: Tensor
-    B: Tensor
-    column: int
+    records: NDArray[np.int64]
+    width: int
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
-    """Pieces as the kernel reads them. Keeps the tensors alive that it points to."""
+    """Runs of rows and what they get, as the kernel reads them. Keeps alive what it points to."""
 
-    updates: Updates
+    updates: _Updates
     width: int
-    pieces: tuple[Piece, ...]
+    kept: tuple[object, ...]
 
     @cached_property
     def address(self) -> int:
         return ctypes.addressof(self.updates)
 
     def add(self, y: Tensor, x: Tensor) -> bool:
-        """y[rows, columns] += B (A x[rows]) for every piece. False: nothing was done."""
+        """y[rows, columns] += B (A x[rows]) for every run. False: nothing was done."""
         kernels = library()
         if kernels is None or x.shape[1] != self.width or x.stride(1) != 1 or y.stride(1) != 1:
             return False
@@ -68,7 +64,7 @@ class Jobs:
             return False
         done = kernels.low_rank_rows(
             self.address, x.data_ptr(), x.stride(0), self.width, y.data_ptr(), y.stride(0), torch.get_num_threads()
-        )  # fmt: skip
+        )
         return bool(done)
 
 
@@ -77,32 +73,42 @@ def columns_together(B: Tensor) -> Tensor:
     return B.t().contiguous().t()
 
 
-def jobs(pieces: Iterable[Piece]) -> Jobs | None:
-    """Pieces made ready for the kernel, or None where it can't take them: other dtypes, layouts, long runs, no kernel."""
-    found = tuple(pieces)
-    if not found or library() is None or not all(_fits(piece, found[0].A.shape[1]) for piece in found):
+def factors(pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Factors | None:
+    """A, B and the first column of the output of each pair, or None where the kernel can't take them."""
+    found = tuple(pairs)
+    if not found or library() is None or not all(_fits(a, b, found[0][0].shape[1]) for a, b, _ in found):
         return None
-    made, units, blocks, line = [], 0, 0, 0
-    owner: list[int] = []
-    block: list[int] = []
-    for number, piece in enumerate(found):
-        (rank, _), out = piece.A.shape, piece.B.shape[0]
-        pointers = piece.A.data_ptr(), piece.B.data_ptr()
-        made.append(_Job(*pointers, piece.row, piece.rows, rank, piece.column, out, units, blocks, line))
-        owner += [number] * -(-rank // UNIT)
-        block += [number] * -(-out // BLOCK)
-        units, blocks, line = len(owner), len(block), line + piece.rows * (rank + rank % 2)
-    # A structure keeps alive the arrays that are assigned to its pointers.
-    updates = Updates((_Job * len(made))(*made), _ints(owner), _ints(block), units, blocks, line)
-    return Jobs(updates, found[0].A.shape[1], found)
+    records = [(a.data_ptr(), b.data_ptr(), 0, 0, b.shape[1], column, b.shape[0], 0, 0, 0) for a, b, column in found]
+    return Factors(np.array(records, np.int64), found[0][0].shape[1], tuple(t for a, b, _ in found for t in (a, b)))
 
 
-def _fits(piece: Piece, width: int) -> bool:
-    a, b = piece.A, piece.B
+def jobs(runs: Sequence[tuple[int, int, Factors]]) -> Jobs | None:
+    """First row, rows and factors of each run made ready for the kernel; None without any, or where a run is too long."""
+    if not runs or any(not 1 <= rows <= RUN for _, rows, _ in runs):
+        return None
+    every = [factors for *_, factors in runs]
+    width = every[0].width
+    if any(f.width != width for f in every):
+        return None
+    counts = [len(f.records) for f in every]
+    made = np.concatenate([f.records for f in every])
+    made[:, _ROW] = np.repeat([row for row, *_ in runs], counts)
+    made[:, _ROWS] = np.repeat([rows for _, rows, _ in runs], counts)
+    units, blocks = -(-made[:, _RANK] // UNIT), -(-made[:, _OUT] // BLOCK)
+    lines = made[:, _ROWS] * (made[:, _RANK] + made[:, _RANK] % 2)
+    totals = []
+    for field, sizes in ((_FIRST_UNIT, units), (_FIRST_BLOCK, blocks), (_LINE, lines)):
+        stops = sizes.cumsum()
+        made[:, field] = stops - sizes
+        totals.append(int(stops[-1]))
+    numbers = np.arange(len(made), dtype=np.int32)
+    owner, block = numbers.repeat(units), numbers.repeat(blocks)
+    pointers = (array.__array_interface__["data"][0] for array in (made, owner, block))
+    updates = _Updates(*pointers, *totals)
+    return Jobs(updates, width, (made, owner, block, *every))
+
+
+def _fits(a: Tensor, b: Tensor, width: int) -> bool:
     kind = a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and not (a.requires_grad or b.requires_grad)
     laid = a.is_contiguous() and 1 in (b.shape[0], b.stride(0)) and (b.shape[1] == 1 or b.stride(1) == b.shape[0])
-    return kind and laid and a.shape[1] == width and width % 32 == 0 and 1 <= piece.rows <= RUN
-
-
-def _ints(values: Sequence[int]) -> ctypes.Array[c_int32]:
-    return (c_int32 * len(values))(*values)
+    return kind and laid and a.shape == (b.shape[1], width) and width % 32 == 0

@@ -1,0 +1,58 @@
+/* A low-rank update merged into a bf16 matrix in one pass: value = round(W + L R), and what the rounding lost.
+ *
+ * Plain torch passes over each block seven times, in fp32. Here a weight is read once and written once; four rows share what is loaded
+ * of R. Sums of squares are kept by row, so that they do not depend on threads.
+ */
+#include "tile.h"
+
+/* To the nearest, ties to even. The instruction for it makes zeros of denormal numbers, and a weight that does not change must not. */
+INLINE __m256i nearest(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+    const __m512i found = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 strange = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(found, strange, high, _mm512_set1_epi32(0x40)));
+}
+
+/* `n` rows from i on, 16 * vectors columns from j on. */
+INLINE void merge_tile(const int n, const int vectors, const bf16 *stored, long row, const float *left, const float *right, long i, long j,
+                       long k, long rank, bf16 *value, double *lost, double *weight) {
+    __m512 update[4][4], losses[4], weights[4];
+    for (int m = 0; m < n; m++) {
+        losses[m] = weights[m] = _mm512_setzero_ps();
+        for (int v = 0; v < vectors; v++) update[m][v] = _mm512_setzero_ps();
+    }
+    for (long r = 0; r < rank; r++)
+        for (int v = 0; v < vectors; v++) {
+            const __m512 b = _mm512_loadu_ps(right + r * k + j + 16 * v);
+            for (int m = 0; m < n; m++) update[m][v] = _mm512_fmadd_ps(_mm512_set1_ps(left[(i + m) * rank + r]), b, update[m][v]);
+        }
+    for (int m = 0; m < n; m++) {
+        for (int v = 0; v < vectors; v++) {
+            const __m512 w = load_bf16(stored + (i + m) * row + j + 16 * v), exact = _mm512_add_ps(w, update[m][v]);
+            bf16 *to = value + (i + m) * k + j + 16 * v;
+            _mm256_storeu_si256((__m256i *)to, nearest(exact));
+            const __m512 difference = _mm512_sub_ps(exact, load_bf16(to));
+            losses[m] = _mm512_fmadd_ps(difference, difference, losses[m]);
+            weights[m] = _mm512_fmadd_ps(w, w, weights[m]);
+        }
+        lost[i + m] += _mm512_reduce_add_ps(losses[m]);
+        weight[i + m] += _mm512_reduce_add_ps(weights[m]);
+    }
+}
+
+/* stored [n][k] with rows `row` apart, left [n][rank], right [rank][k], value [n][k]; lost and weight [n] start at 0. k is a multiple of 16. */
+void merge_low_rank(const bf16 *stored, long row, const float *left, const float *right, long n, long k, long rank, bf16 *value, double *lost,
+                    double *weight, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < n; i += 4)
+        for (long j = 0; j < k; j += 64) {
+            if (i + 4 <= n && j + 64 <= k) {
+                merge_tile(4, 4, stored, row, left, right, i, j, k, rank, value, lost, weight);
+                continue;
+            }
+            for (long m = i; m < n && m < i + 4; m++)
+                for (long c = j; c < k && c < j + 64; c += 16)
+                    merge_tile(1, 1, stored, row, left, right, m, c, k, rank, value, lost, weight);
+        }
+}
