@@ -360,6 +360,29 @@ def test_a_cold_adapter_loads_beside_the_streams_and_a_bad_one_harms_nobody() ->
     assert shelf.loads == 2
 
 
+def test_the_next_adapters_are_read_while_all_places_are_taken() -> None:
+    base = small_base()
+    cold = lora(base, 1)
+    running = engine(base, source=Shelf({"cold": cold, "bad": FormatError("truncated")}), limits=Limits(streams=1))
+    running.submit(Request(ids(0, 8), max_tokens=200, ignore_eos=True, id="long"))
+    for name in ("cold", "bad"):
+        running.submit(Request(ids(1, 8), adapter=name, max_tokens=4, id=name))
+    events = running.step()
+    assert running.loading
+    while running.loading:
+        running.wait(10)
+        events += running.step()
+    assert not any(isinstance(e, Finished | Failed) for e in events), "the long answer holds the one place"
+    states = running.residency.slots.states()
+    assert states[cold.digest] == "resident" and states["bad-bad"] == "failed"
+    running.cancel("long")
+    events = _drain(running)
+    assert {e.id: type(e).__name__ for e in events if isinstance(e, Finished | Failed)} == {
+        "cold": "Finished",
+        "bad": "Failed",
+    }
+
+
 def test_adapters_that_do_not_fit_together_take_turns() -> None:
     base = small_base()
     adapters = {str(i): lora(base, i) for i in range(4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ class Room:
         self.units = units
         self.loading: set[str] = set()
         self.held: dict[int, int] = {}
+        self.foreseen: list[int] = []
 
     def enter(self, seq: Seq, now: float) -> Verdict:
         if seq.adapter in self.loading:
@@ -29,6 +31,10 @@ class Room:
             return "full"
         self.held[seq.id] = seq.prompt
         return "enter"
+
+    def foresee(self, sequences: Sequence[Seq], now: float) -> None:
+        assert 0 < len(sequences) <= 8 and not {s.id for s in sequences} & self.held.keys()
+        self.foreseen = [s.id for s in sequences]
 
 
 class Traffic(RuleBasedStateMachine):
@@ -185,3 +191,20 @@ def test_deciding_needs_no_torch() -> None:
     modules = ["request", "scheduler", "slots", "kvcache", "source", "text"]
     code = f"import sys, {', '.join(f'veneer.engine.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": "src"}).returncode == 0
+
+
+def test_the_gate_hears_who_waits_while_all_places_are_taken() -> None:
+    room = Room(1000)
+    scheduler = Scheduler(LIMITS, room)
+    for number in range(14):
+        scheduler.add(Seq(number, "r", 0, [1], 1, 2, "", 0.0))
+    assert [s.id for s in scheduler.plan(0.0).entered] == [0, 1, 2]
+    assert room.foreseen == list(range(3, 11)), "the next eight, in their order"
+    room.foreseen = []
+    for seq in scheduler.running:
+        scheduler.remove(seq)
+        del room.held[seq.id]
+    for seq in scheduler.waiting[1:]:
+        scheduler.remove(seq)
+    scheduler.plan(1.0)
+    assert room.foreseen == [], "nobody waits"

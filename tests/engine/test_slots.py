@@ -154,3 +154,21 @@ def test_unknown_and_busy_keys_are_refused() -> None:
     slots.drain("a")
     slots.forget("a")
     assert "a" not in slots.states()
+
+
+def test_what_is_spared_is_not_evicted() -> None:
+    slots: Slots[str] = Slots(10)
+    for key, size in SIZE.items():
+        slots.know(key, size)
+    for key in ("a", "b"):
+        assert slots.want(key, 1.0) == "loading"
+        assert slots.loaded(key, key, SIZE[key], 1.0)
+    assert slots.want("c", 2.0, {"a", "b"}) == "available", "there is room only in the place of those"
+    assert slots.want("c", 3.0, {"a"}) == "loading"
+    assert slots.states() | {"d": ""} == {
+        "a": "resident",
+        "b": "available",
+        "c": "loading",
+        "d": "",
+        "huge": "available",
+    }

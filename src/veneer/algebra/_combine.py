@@ -20,10 +20,12 @@ from veneer.algebra._sources import is_shared, is_update, source
 from veneer.algebra._spaces import Fit, fitted, product_norm
 from veneer.errors import BaseMismatch, ConfigError, NeedsBase, TargetError, Unsupported, listed
 from veneer.methods.lora import LoRA
+from veneer.ops.threads import side_by_side
 from veneer.registry import did_you_mean
 from veneer.types import HostKind
 
 Weighted: TypeAlias = Adapter | tuple[Adapter, float]
+WORKERS = 4
 Others: TypeAlias = Literal["refuse", "keep", "drop"]
 
 
@@ -113,14 +115,17 @@ def combination(
     kept, dropped = _other_parts(bare, others)
     sources = _Sources(bare, base)
     sources.check(chosen)
-    parts, reports = [], []
-    for target in chosen:
+
+    def combined(target: str) -> tuple[Part, TargetReport]:
         updates, dense = sources.updates(target, table, seed)
         product, report = _settled(load_all()[rule](updates, **checked), updates, rank, dense)
         a = product.A.float().contiguous().reshape(len(product.A), *sources.input_axes(target))
         tensors = {"A": a, "B": product.B.float().contiguous()}
-        parts.append(Part("lora", "weight", target, tensors, sources.host_kind(target)))
-        reports.append(report)
+        return Part("lora", "weight", target, tensors, sources.host_kind(target)), report
+
+    with side_by_side(WORKERS) as pool:  # the matrices of one target are too small for two cores
+        found = list(pool.map(combined, chosen))
+    parts, reports = [part for part, _ in found], [report for _, report in found]
     told = {name: weight for name, (_, weight) in pairs.items()}
     account = Report(rule, checked, told, tuple(reports), tuple(_place(p) for p in kept), tuple(dropped))
     provenance = _provenance(list(bare.values()), account, seed, allow_base_mismatch)

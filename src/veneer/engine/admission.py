@@ -7,6 +7,8 @@ prompt need not be read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from veneer.engine.answer import Answer
 from veneer.engine.arena import Arena, capacity, whole_capacity
 from veneer.engine.kvcache import BLOCK, Chain, KVBook
@@ -65,6 +67,15 @@ class Admission:
             self._arena.copy(donor, seq.id, seq.virtual + tokens)
             seq.stored = seq.cached = tokens
         return "enter"
+
+    def foresee(self, sequences: Sequence[Seq], now: float) -> None:
+        """Start to read the adapters of those who wait next, in room that nobody before them needs."""
+        needed: set[str] = set()
+        for seq in sequences:
+            if seq.adapter and seq.adapter not in needed:
+                if self._residency.want(self._answers[seq.id].ticket.recipe, now, needed) == "available":
+                    return
+                needed.add(seq.adapter)
 
     def leave(self, answer: Answer, now: float, *, keep: bool) -> None:
         """Give back what `enter` took. With `keep` the contents stay for reuse, if there is room."""

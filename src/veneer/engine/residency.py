@@ -6,7 +6,7 @@ Everything but `resolve` belongs to the thread that steps. A loaded adapter beco
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from veneer.adapter import Adapter
 from veneer.base.identity import compare
@@ -56,10 +56,10 @@ class Residency:
             self.slots.pin(found.digest)
         return found.digest
 
-    def want(self, recipe: Recipe, now: float) -> State:
-        """The state of a recipe's slot; the load is started by the call that asks first."""
+    def want(self, recipe: Recipe, now: float, sparing: Container[str] = ()) -> State:
+        """The state of a recipe's slot; the load is started by the call that asks first. Nothing of `sparing` goes for it."""
         before = self.slots.know(recipe.key, recipe.bytes).state
-        state = self.slots.want(recipe.key, now)
+        state = self.slots.want(recipe.key, now, sparing)
         if state == "loading" and before != "loading":
             self._loader.start(recipe.key, lambda: self._load(recipe), self.on_loaded)
         return state

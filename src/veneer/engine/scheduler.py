@@ -14,12 +14,16 @@ its patience starts when the adapter is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 _LOOKAHEAD = 16
 """Waiting sequences without room that are asked in one step, so that a long queue costs a step nothing."""
+
+_FORESEEN = 8
+"""Waiting sequences whose adapters are read while all places are taken."""
 
 Verdict: TypeAlias = Literal["enter", "full", "later"]
 """enter: room was taken.  full: no room now, it counts as waiting.  later: something else must happen first."""
@@ -90,6 +94,9 @@ class Gate(Protocol):
     """Whoever owns memory: decides whether a sequence can start now, and takes the room if so."""
 
     def enter(self, sequence: Seq, now: float) -> Verdict: ...
+
+    def foresee(self, sequences: Sequence[Seq], now: float) -> None:
+        """These wait for a place, in this order: what takes time before they can start may begin now."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,8 @@ class Scheduler:
     def plan(self, now: float) -> Step:
         """Let in whoever fits, then say what the next step runs."""
         entered = tuple(self._enter(now))
+        if self._waiting and len(self._running) >= self.limits.streams:
+            self._gate.foresee(tuple(itertools.islice(self._waiting.values(), _FORESEEN)), now)
         decode = tuple(s for s in self._running.values() if s.decoding)
         budget = self.pace.chunk if decode else self.limits.alone
         return Step(decode, tuple(self._prefill(budget, now)), entered)

@@ -13,6 +13,7 @@ key, and the old one stays until its last sequence has ended.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
 
@@ -83,11 +84,11 @@ class Slots(Generic[P]):
             self._slots[key] = Slot(key, bytes)
         return self._slots[key]
 
-    def want(self, key: str, now: float) -> State:
+    def want(self, key: str, now: float, sparing: Container[str] = ()) -> State:
         """Ask for `key`. Where there is room it goes from available (or failed long ago) to loading: the caller starts the load.
 
-        Room is made by evicting unused adapters, the least recently used first. The answer is the state after that;
-        "available" means that there is no room now.
+        Room is made by evicting unused adapters, the least recently used first, but none of `sparing`. The answer is the
+        state after that; "available" means that there is no room now.
         """
         slot = self.slot(key)
         retry = slot.state == "failed" and now >= slot.retry_at
@@ -96,7 +97,7 @@ class Slots(Generic[P]):
         if slot.bytes > self.budget:
             self._fail(slot, f"it takes {slot.bytes:,} bytes and the budget for adapters is {self.budget:,}", now)
             return slot.state
-        if self._make_room(slot.bytes):
+        if self._make_room(slot.bytes, sparing):
             slot.state, slot.reason = "loading", ""
         return slot.state
 
@@ -158,13 +159,15 @@ class Slots(Generic[P]):
             raise Conflict(f"adapter {key[:12]} is {self.slot(key).state}; drain it first")
         del self._slots[key]
 
-    def _make_room(self, bytes: int) -> bool:
+    def _make_room(self, bytes: int, sparing: Container[str] = ()) -> bool:
         free = self.budget - self.charged
         victims: list[Slot[P]] = []
         idle = (s for s in self._slots.values() if s.state == "resident" and not s.uses and not s.pinned)
         for slot in sorted(idle, key=lambda s: s.last_used):
             if free >= bytes:
                 break
+            if slot.key in sparing:
+                continue
             victims.append(slot)
             free += slot.bytes
         if free < bytes:

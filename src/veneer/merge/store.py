@@ -16,7 +16,7 @@ import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
 from veneer.models.sources import locate
 from veneer.models.tokenizer_import import TOKENIZER_FILES
+from veneer.ops.threads import side_by_side
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -260,18 +261,14 @@ def write_shards(
     produce  the tensor of a name, or where its bytes are. With several workers it is called from their threads, in any order
     workers  threads; they share the cores, so one computes while another writes
     """
-    threads = torch.get_num_threads()
-    workers = min(workers, threads)
-    try:
+    with side_by_side(workers) as pool:
         for shard in shards:
             head = shard.header()
             starts = itertools.accumulate((entry.nbytes for entry in shard.entries), initial=len(head))
             with (folder / shard.file).open("wb", buffering=0) as file:
                 file.write(head)
                 named = zip(starts, shard.entries, strict=False)
-                _write_all([(file.fileno(), start, entry.name, produce) for start, entry in named], workers, threads)
-    finally:
-        torch.set_num_threads(threads)  # the matrix library has one setting for all threads
+                _write_all([(file.fileno(), start, entry.name, produce) for start, entry in named], pool)
     if len(shards) > 1 or shards[0].file != SINGLE:
         entries = [(shard.file, entry) for shard in shards for entry in shard.entries]
         index = {
@@ -281,19 +278,16 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
 
 
-def _write_all(jobs: Sequence[Job], workers: int, threads: int) -> None:
+def _write_all(jobs: Sequence[Job], pool: Executor) -> None:
     """Do every job, or stop at the first that fails."""
-    if workers == 1:
-        for job in jobs:
-            _write_entry(*job)
-        return
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        running = [pool.submit(_write_entry, *job) for job in jobs]
-        try:
-            for future in running:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    running = [pool.submit(_write_entry, *job) for job in jobs]
+    try:
+        for future in running:
+            future.result()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
 
 
 def _write_entry(handle: int, start: int, name: str, produce: Callable[[str], Tensor | Span]) -> None:

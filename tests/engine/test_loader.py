@@ -1,0 +1,41 @@
+"""Loads happen beside steps and take nothing from them but a little time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import torch
+
+from veneer.engine.loader import TURN, Loader
+
+
+def test_a_load_multiplies_on_one_thread_and_others_keep_theirs() -> None:
+    before, found = torch.get_num_threads(), []
+    loader: Loader[int] = Loader()
+
+    def load() -> int:
+        torch.ones(1 << 20).add(1)  # the first operation is when a thread takes over the common number
+        return torch.get_num_threads()
+
+    for key in ("first", "second"):
+        loader.start(key, load)
+        loader.wait(10)
+        (loaded,) = loader.finished()
+        assert loaded.result == 1
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [before] and torch.get_num_threads() == before
+    loader.close()
+
+
+def test_turns_are_short_only_while_something_loads() -> None:
+    usual = sys.getswitchinterval()
+    loader: Loader[float] = Loader()
+    loader.start("a", sys.getswitchinterval)
+    loader.wait(10)
+    (loaded,) = loader.finished()
+    assert loaded.result is not None and abs(loaded.result - TURN) < 1e-5
+    assert sys.getswitchinterval() == usual
+    loader.close()
