@@ -12,7 +12,7 @@ from torch import Tensor
 from veneer.base.formats.bof4 import TABLE as BOF4
 from veneer.base.formats.fp4 import TABLE as FP4
 from veneer.base.formats.nf4 import TABLE as NF4
-from veneer.ops import blocks, four_bit
+from veneer.ops import blocks, four_bit, int8
 from veneer.ops.attention import attention
 from veneer.ops.blocks import Piece, Scores
 from veneer.ops.gated import gated_reference
@@ -210,7 +210,30 @@ def test_four_bits(block: int, table: four_bit.Table) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16])
+def test_int8_is_dequantised_to_the_same_bits() -> None:
+    weight = torch.randn(33, 208, generator=torch.Generator().manual_seed(0))
+    weight[5] = 0
+    stored = int8.quantise(weight)
+    out = torch.empty(33, 208, dtype=torch.bfloat16)
+    assert rows.dequantise_int8(stored.codes, stored.scale, out)
+    assert torch.equal(out, torch.mul(stored.codes, stored.scale[:, None], out=torch.empty_like(out)))
+    assert not rows.dequantise_int8(stored.codes, stored.scale, torch.empty(33, 208))
+    assert not rows.dequantise_int8(stored.codes, stored.scale, torch.empty(208, 33, dtype=torch.bfloat16).t())
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 7, 9, 32])
+def test_product_of_few_rows_and_int8_codes(n: int) -> None:
+    x, weight = bf16(n, 160)[:, 32:], torch.randn(33, 128, generator=torch.Generator().manual_seed(1))
+    stored = int8.quantise(weight)
+    found = few.product_int8(x, stored.codes, stored.scale)
+    assert found is not None
+    assert relative(found, x.double() @ (stored.codes.double() * stored.scale.double()[:, None]).t()) < 3e-3
+    assert few.product_int8(bf16(33, 128), stored.codes, stored.scale) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 32])
 @pytest.mark.parametrize("m", [1, 6, 33])
 def test_product_of_few_rows(n: int, m: int) -> None:
     x, w = bf16(n, 160)[:, 32:], bf16(m, 128, seed=1)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from veneer.ops.native import few
+from veneer.ops.native import few, rows
 from veneer.ops.recording import unrecorded
 
 TINY = 1e-38
@@ -88,4 +88,6 @@ def quantise(weight: Float[Tensor, "rows columns"]) -> Int8Rows:
 @torch.no_grad()
 def dequantise(stored: Int8Rows, out: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """codes * (absmax / 127) in fp32, written to `out` in its dtype."""
-    return torch.mul(stored.codes, (stored.absmax / 127.0)[:, None], out=out)
+    if rows.dequantise_int8(stored.codes, stored.scale, out):
+        return out
+    return torch.mul(stored.codes, stored.scale[:, None], out=out)

@@ -52,6 +52,7 @@ _SIGNATURES = {
     "decode_attention": "pppllllplllllfpi",
     "few_rows_int8": "plpplllpli",
     "low_rank_rows": "ppllpli",
+    "dequantise_int8": "ppllpi",
     "merge_low_rank": "plpplllpppi",
     "decode_blocks": "plppppli",
     "rms_forward": "plllpfppi",

@@ -1,4 +1,4 @@
-/* Row-wise work in one pass over memory: RMSNorm, rotary, gated activations, cross-entropy, NF4. bf16 in and out, fp32 inside.
+/* Row-wise work in one pass over memory: RMSNorm, rotary, gated activations, cross-entropy, NF4, int8. bf16 in and out, fp32 inside.
  *
  * Plain torch makes several passes and fp32 copies for each; on a CPU these passes are the cost. Widths are multiples of 16.
  * Rows are shared out evenly among threads; a row is never split, so results do not depend on the number of threads.
@@ -111,5 +111,15 @@ void dequantise_four_bit(const uint8_t *packed, const float *scales, long blocks
             const __m512 second = _mm512_permutexvar_ps(byte, table); /* the low 4 bits choose */
             const __m512 scale = all(scales[b]);
             _mm512_storeu_si512(out + b * block + j, pair(_mm512_mul_ps(first, scale), _mm512_mul_ps(second, scale)));
+        }
+}
+
+/* codes [rows][columns] times the scale of their row. columns is a multiple of 16. */
+void dequantise_int8(const int8_t *codes, const float *scales, long rows, long columns, bf16 *out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < columns; j += 16) {
+            const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + r * columns + j)));
+            store_bf16(out + r * columns + j, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), all(scales[r])));
         }
 }

@@ -173,3 +173,14 @@ def dequantise_four_bit(packed: Tensor, scales: Tensor, block: int, levels: Tens
         _threads(),
     )
     return True
+
+
+def dequantise_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """out = codes * scale `[rows]`, rounded once. False: nothing was done."""
+    fits = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous() and scale.dtype == torch.float32
+    kernels = _kernels(out) if fits else None
+    if kernels is None or codes.dtype != torch.int8:
+        return False
+    rows, columns = codes.shape
+    kernels.dequantise_int8(codes.data_ptr(), scale.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
+    return True
