@@ -68,6 +68,7 @@ class World:
         return self._kept(name, drive(self.peer_python, HERE / "peers" / f"{name}.py", *arguments, *self.peer_more))
 
     def _kept(self, name: str, line: dict[str, Any]) -> dict[str, Any]:
+        line["args"]["model"] = Path(line["args"]["model"]).name  # where it lies is nobody's business
         self.raw.setdefault(name, []).append(line)
         return line
 

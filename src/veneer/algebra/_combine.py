@@ -25,8 +25,10 @@ from veneer.registry import did_you_mean
 from veneer.types import HostKind
 
 Weighted: TypeAlias = Adapter | tuple[Adapter, float]
-WORKERS = 4
 Others: TypeAlias = Literal["refuse", "keep", "drop"]
+
+WORKERS = 4
+"""Most targets that are combined at a time."""
 
 
 @dataclass(frozen=True)

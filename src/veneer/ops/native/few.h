@@ -1,6 +1,6 @@
 /* Decoding: a handful of rows, so everything is as fast as memory. Each weight, key and value is read once, where it lies.
  *
- * Libraries copy the weight into a layout of their own first, or keep such a copy. For up to 16 rows that is not needed: both
+ * Libraries copy the weight into a layout of their own first, or keep such a copy. For up to 32 rows that is not needed: both
  * operands run along k, so a register of 32 products is summed at the end of each row of W.
  */
 #pragma once
