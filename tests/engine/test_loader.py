@@ -39,3 +39,20 @@ def test_turns_are_short_only_while_something_loads() -> None:
     assert loaded.result is not None and abs(loaded.result - TURN) < 1e-5
     assert sys.getswitchinterval() == usual
     loader.close()
+
+
+def test_two_that_load_at_once_leave_the_turns_as_they_were() -> None:
+    usual, first, second = sys.getswitchinterval(), Loader[None](), Loader[None]()
+    gates = threading.Event(), threading.Event()
+    begun = threading.Event()
+    first.start("a", lambda: gates[0].wait(10) and None)
+    second.start("b", lambda: (begun.set(), gates[1].wait(10), None)[-1])
+    assert begun.wait(10)
+    gates[0].set()
+    first.wait(10)
+    assert abs(sys.getswitchinterval() - TURN) < 1e-5, "the other still loads"
+    gates[1].set()
+    second.wait(10)
+    assert sys.getswitchinterval() == usual
+    first.close()
+    second.close()

@@ -13,9 +13,12 @@ from tests.engine.test_dense import quantised
 from tests.engine.test_engine import engine, shaken
 from veneer.adapter import Adapter
 from veneer.engine import Engine, Limits, Request
+from veneer.engine.batch import _in_one_piece
+from veneer.models.bank import Bank, Packed
 from veneer.models.base import Base
 from veneer.models.step import Steps
 from veneer.ops.native import block, build
+from veneer.ops.pack import Pack
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
 
@@ -152,3 +155,17 @@ def test_what_a_bank_was_given_goes_with_it() -> None:
     running._runner.forget_bank()
     del running
     assert len(steps._stacks) == 0
+
+
+def test_a_tensor_that_groups_share_is_packed_once_and_right() -> None:
+    base = base_of("llama")
+    groups = ["layers.0.qkv", "layers.1.qkv"]
+    shared = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(128, 4, generator=torch.Generator().manual_seed(1))
+    width = base.decoder.groups[groups[0]].out_features
+    packed = {g: Packed((Pack(A=shared, B=(b[:width],), columns=((0, width),)),), (0,)) for g in groups}
+    bank, room = _in_one_piece(Bank(size=1, groups=packed), base.decoder)
+    first, second = (bank.groups[g].packs[0] for g in groups)
+    assert first.A is second.A and first.A is not None
+    assert torch.equal(first.A, shared.bfloat16()) and torch.equal(second.B[0], b[:width].bfloat16())
+    assert room.numel() == shared.numel() + 2 * b[:width].numel()

@@ -92,11 +92,14 @@ def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
     sizes = [-(-t.numel() // step) * step for t in _tensors(bank)]
     room = torch.zeros(sum(sizes), dtype=decoder.dtype, device=decoder.device)
     starts = itertools.accumulate(sizes, initial=0)
+    places: dict[int, Tensor] = {}
 
     def moved(tensor: Tensor) -> Tensor:
+        if id(tensor) in places:  # a tensor that several groups share is shared in here, too
+            return places[id(tensor)]
         by_columns = tensor.dim() == 2 and tensor.stride(0) == 1 and tensor.shape[0] > 1
         strides = (1, tensor.shape[0]) if by_columns else _contiguous_strides(tensor.shape)
-        place = room.as_strided(tensor.shape, strides, next(starts))
+        place = places[id(tensor)] = room.as_strided(tensor.shape, strides, next(starts))
         place.copy_(tensor.detach())
         return place
 

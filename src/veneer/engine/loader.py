@@ -81,14 +81,33 @@ class Loader(Generic[T]):
 
 
 def _timed(load: Callable[[], T]) -> tuple[T, float]:
-    """The result and its seconds. Meanwhile threads take short turns: a load is Python, and so is what is between kernels."""
-    start, usual = time.perf_counter(), sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
+    start = time.perf_counter()
+    with _short_turns:
         result = load()
-    finally:
-        sys.setswitchinterval(usual)
     return result, time.perf_counter() - start
+
+
+class _ShortTurns:
+    """While anything loads, threads take short turns: a load is Python, and so is what is between kernels."""
+
+    def __init__(self) -> None:
+        self._lock, self._loads, self._usual = threading.Lock(), 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._loads == 0:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(TURN)
+            self._loads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._loads -= 1
+            if self._loads == 0:
+                sys.setswitchinterval(self._usual)
+
+
+_short_turns = _ShortTurns()
 
 
 def _give_way(threads: int) -> None:
