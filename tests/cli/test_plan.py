@@ -47,6 +47,12 @@ def test_a_run_file(tmp_path: Path, capsys: Output) -> None:
     plain = answer(capsys, "--config", str(file))["lora"]
     assert plain["trained"] == 30 * 4 * (576 + 576 + 576 + 192)
     text = file.read_text()
+    file.write_text(text.replace("{tokens_per_pass: 100}", "{tokens_per_step: 256}"))
+    assert run(["plan", "--config", str(file)]) == 0
+    assert "256 tokens a pass" in capsys.readouterr().out
+    stored = answer(capsys, "--config", str(file))["lora"]["activations"]
+    file.write_text(text.replace("{tokens_per_pass: 100}", "{tokens_per_step: 256, recompute: all}"))
+    assert answer(capsys, "--config", str(file))["lora"]["activations"] < stored / 4
     for optimizer, trained, state in (("lora_fa", 30 * 4 * (576 + 192), 8), ("lora_pro", plain["trained"], 4)):
         file.write_text(text.replace("{tokens_per_pass: 100}", f"{{tokens_per_pass: 100, optimizer: {optimizer}}}"))
         other = answer(capsys, "--config", str(file))["lora"]

@@ -63,10 +63,10 @@ def command(
         raise ConfigError(f"--dtype is bfloat16 or float32, got '{dtype}'")
     work = Work(tokens=tokens, label_share=label_share, dtype=dtype)
     if config is not None:
-        base, questions = _from_run_file(config, work)
+        label, decoder, questions = _from_run_file(config, work)
     else:
         questions = [_question(kind, rank, work) for kind in methods.split(",")]
-    label, decoder = _describe(base, params)
+        label, decoder = _describe(base, params)
     _answer(label, decoder, questions, with_targets=config is not None, as_json=as_json)
 
 
@@ -82,22 +82,25 @@ def _question(kind: str, rank: int, work: Work) -> Question:
     return Question(kind, parse(fields), work if plain == kind else replace(work, quantize="nf4-dq"))
 
 
-def _from_run_file(path: Path, work: Work) -> tuple[str, list[Question]]:
+def _from_run_file(path: Path, work: Work) -> tuple[str, DecoderConfig, list[Question]]:
+    """What the first run of a file would do at its largest; where memory is short, training takes smaller passes."""
     from veneer.train import read_runs
     from veneer.train.optimizers import load_all
 
     run = read_runs(path)[0].config
+    label, decoder = _describe(run.base, None)
     tokens, optimizer = run.train.tokens_per_pass, load_all()[run.train.optimizer]
     work = replace(
         work,
         quantize=run.quantize,
-        tokens=work.tokens if tokens == "auto" else tokens,
+        tokens=min(work.tokens, run.train.tokens_per_step) if tokens == "auto" else tokens,
+        recompute=decoder.layers if run.train.recompute == "all" else 0,
         dtype=work.dtype if run.train.dtype == "auto" else run.train.dtype,
         state=optimizer.state,
         freezes=optimizer.freezes,
     )
     spec = run.spec()
-    return run.base, [Question(spec.kind, spec, work)]
+    return label, decoder, [Question(spec.kind, spec, work)]
 
 
 def _describe(base: str | None, params: str | None) -> tuple[str, DecoderConfig]:
