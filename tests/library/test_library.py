@@ -58,6 +58,20 @@ def test_a_resaved_copy_is_recognised_by_its_digest(library: Library, tmp_path: 
     assert library.add(source, "tickets").new is False
 
 
+@pytest.mark.parametrize("with_sidecar", [True, False])
+def test_the_digest_it_loads_with_is_the_one_of_its_numbers(
+    library: Library, tmp_path: Path, with_sidecar: bool
+) -> None:
+    """Loading takes the digest from the catalogue, as the bytes are proved to be those that were added."""
+    source = folder(tmp_path / "a", 5)
+    if not with_sidecar:
+        (source / "veneer.json").unlink()
+    version = library.add(source, "a").version
+    loaded = library.load("a")
+    again = replace(loaded)  # knows nothing yet
+    assert loaded.digest == again.digest == version.digest
+
+
 def test_a_name_means_production_or_else_the_newest(library: Library) -> None:
     library.add(make(0), "tickets")
     library.add(make(1), "tickets")

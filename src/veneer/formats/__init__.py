@@ -49,11 +49,13 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     replace_folder(Path(path), OWNED, lambda folder: _write(adapter, folder))
 
 
-def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Adapter:
+def load(path: str | os.PathLike[str], *, mapped: bool = False, digest: str | None = None) -> Adapter:
     """Read the adapter folder `path`; of a run's folder, the adapter in it.
 
     mapped  leave the tensors in the file, mapped, where they are not copied: only for files that nobody changes in place. A
             careless write can't reach the file either way
+    digest  what the adapter's digest is known to be, where the files are proved to be those that were looked through before: then
+            no number is read here
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -61,12 +63,12 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Adapter:
     if (folder / "adapter" / TENSORS).exists() and not (folder / TENSORS).exists():
         folder = folder / "adapter"
     _refuse_pickles(folder)
-    tensors = _read_tensors(folder, mapped)
+    tensors = _read_tensors(folder, mapped, proved=digest is not None)
     sidecar = None
     if (folder / veneer_json.NAME).exists():
         sidecar = veneer_json.read(read_json(plain_file(folder, veneer_json.NAME)))
     if sidecar is not None and sidecar.layout == "veneer":
-        return with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors)), folder)
+        return _known(with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors), digest), folder), digest)
     adapter = from_peft(read_json(plain_file(folder, CONFIG)), tensors, str(folder))
     if sidecar is None:
         for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
@@ -78,10 +80,14 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Adapter:
                 folder,
                 path,
             )
-        return with_template(adapter, folder)
-    restored = veneer_json.restore(sidecar, adapter.parts)
+        return _known(with_template(adapter, folder), digest)
+    restored = veneer_json.restore(sidecar, adapter.parts, digest)
     _agree(adapter, restored, folder)
-    return with_template(restored, folder)
+    return _known(with_template(restored, folder), digest)
+
+
+def _known(adapter: Adapter, digest: str | None) -> Adapter:
+    return adapter if digest is None else adapter.known_as(digest)
 
 
 def _write(adapter: Adapter, folder: Path) -> None:
@@ -144,12 +150,12 @@ def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
         )
 
 
-def _read_tensors(folder: Path, mapped: bool) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, mapped: bool, *, proved: bool) -> dict[str, Tensor]:
     file = open_tensors(plain_file(folder, TENSORS))
     tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.tensors}
     tensors = _without_pruned(tensors)
     problems = _malformed(tensors)
-    if not file.sums_are_finite():
+    if not proved and not file.sums_are_finite():
         problems += first_non_finite(tensors)
     if problems:
         raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")

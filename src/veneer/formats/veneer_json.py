@@ -133,9 +133,14 @@ def read(fields: dict[str, Any]) -> Sidecar:
         ) from error
 
 
-def restore(sidecar: Sidecar, parts: tuple[Part, ...]) -> Adapter:
-    """The adapter of `parts` as the sidecar describes it; every difference is one line of one error."""
+def restore(sidecar: Sidecar, parts: tuple[Part, ...], digest: str | None = None) -> Adapter:
+    """The adapter of `parts` as the sidecar describes it; every difference is one line of one error.
+
+    digest  the adapter's, where it is known already
+    """
     adapter = Adapter(sidecar.method(), _in_order(sidecar, parts), sidecar.origin())
+    if digest is not None:
+        adapter = adapter.known_as(digest)
     found = scales(adapter)
     problems = [
         f"the scale at '{target}' is {found.get(target)} by its fields, but {scale} was written down"

@@ -218,18 +218,19 @@ class Library:
         """The adapter itself, every byte checked.
 
         A local library's blobs never change, so the tensors are mapped and not copied; they are hashed meanwhile. A remote one's
-        are downloaded.
+        are downloaded. What hashes to its name was looked through when it was added, digest and all, so that is not done again.
         """
         from veneer.formats import load
 
-        files, blobs = self._adapter_files(version), self._place.blobs
+        found = self._version(version)
+        files, blobs = self._adapter_files(found), self._place.blobs
         with blobs.staging() as folder, ThreadPoolExecutor(1) as pool:
             place = blobs.link if blobs.is_local else blobs.copy_out
             for path, blob in files:
                 place(blob, folder / path)
             checked = pool.submit(lambda: [blobs.check(blob) for _, blob in files] if blobs.is_local else [])
             try:
-                return load(folder, mapped=True)
+                return load(folder, mapped=True, digest=found.digest)
             finally:
                 checked.result()  # where a blob is damaged, that is the error, whatever the reader found
 
@@ -238,16 +239,18 @@ class Library:
         out = Path(out)
         if out.exists():
             raise Conflict(f"{out} exists", help="choose a new folder")
-        files = self._adapter_files(version)
+        files = self._adapter_files(self._version(version))
         with writing(str(out)), replacing(out) as beside:
             beside.mkdir()
             for path, blob in files:
                 self._place.blobs.copy_out(blob, beside / path)
         return out
 
-    def _adapter_files(self, version: Version | str) -> tuple[tuple[str, str], ...]:
+    def _version(self, version: Version | str) -> Version:
+        return version if isinstance(version, Version) else self.resolve(version)
+
+    def _adapter_files(self, found: Version) -> tuple[tuple[str, str], ...]:
         with self._catalogue().read() as connection:
-            found = version if isinstance(version, Version) else queries.find(connection, parse_reference(version))
             files: tuple[File, ...] = queries.files(connection, found)
         if not files:
             raise NotFound(f"{found.ref} is not in the library any more", help="`veneer library list` shows what is")
