@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from veneer.merge.rounding import LowRankRows, merged
+from veneer.merge.store import raw_bytes
 from veneer.ops.native import build, merge
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
@@ -30,6 +33,36 @@ def test_it_is_the_sum_rounded_once(n: int, k: int, rank: int, size: float) -> N
     whole = merged(stored, LowRankRows(left, right))
     assert torch.equal(whole.value, value)
     assert whole.delta_square == pytest.approx(float((left.double() @ right.double()).square().sum()), rel=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("n, k, rank", [(1, 16, 1), (7, 80, 3), (300, 576, 16), (37, 8960, 33)])
+def test_from_file_to_file_it_is_the_same(tmp_path: Path, n: int, k: int, rank: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    stored = torch.randn(n, k, generator=g).bfloat16()
+    left, right = torch.randn(n, rank, generator=g), torch.randn(rank, k, generator=g) * rank**-0.5
+    value = torch.empty_like(stored)
+    (tmp_path / "in").write_bytes(b"head...." + raw_bytes(stored) + b"tail")
+    (tmp_path / "out").write_bytes(b"before")
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("r+b") as target:
+        found = merge.low_rank_file(source.fileno(), 8, left, right, target.fileno(), 6)
+    assert found == merge.low_rank(stored, left, right, value)
+    assert (tmp_path / "out").read_bytes() == b"before" + bytes(raw_bytes(value))
+
+
+@needs_kernels
+def test_what_the_system_says_of_a_file_is_passed_on(tmp_path: Path) -> None:
+    left, right = torch.zeros(600, 2), torch.zeros(2, 1024)
+    (tmp_path / "in").write_bytes(bytes(600 * 1024 * 2 - 1))
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("wb") as target:
+        with pytest.raises(EOFError):
+            merge.low_rank_file(source.fileno(), 0, left, right, target.fileno(), 0)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            merge.low_rank_file(target.fileno(), 0, left, right, target.fileno(), 0)
+    if Path("/dev/full").exists():
+        with (tmp_path / "in").open("rb") as source, open("/dev/full", "wb") as target:
+            with pytest.raises(OSError, match="No space left"):
+                merge.low_rank_file(source.fileno(), 0, left, right, target.fileno(), 0)
 
 
 @needs_kernels

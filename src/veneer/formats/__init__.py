@@ -68,7 +68,9 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False, digest: str | No
     if (folder / veneer_json.NAME).exists():
         sidecar = veneer_json.read(read_json(plain_file(folder, veneer_json.NAME)))
     if sidecar is not None and sidecar.layout == "veneer":
-        return _known(with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors), digest), folder), digest)
+        return _known(
+            with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors), digest), folder), digest
+        )
     adapter = from_peft(read_json(plain_file(folder, CONFIG)), tensors, str(folder))
     if sidecar is None:
         for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):

@@ -28,9 +28,22 @@ from veneer.formats.card import OF_BASE, Story, card
 from veneer.formats.folder import replace_folder
 from veneer.merge.exact import NOTE, RECORD, Recorder
 from veneer.merge.plan import Edit, Places, edits
-from veneer.merge.rounding import Rounded, blocks, merged, share_lost
-from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, Span, licence, store_of, with_extra, write_shards
+from veneer.merge.rounding import LowRankRows, Rounded, blocks, merged, share_lost
+from veneer.merge.store import (
+    BaseStore,
+    Entry,
+    FolderStore,
+    Shard,
+    Span,
+    Written,
+    cut_short,
+    licence,
+    store_of,
+    with_extra,
+    write_shards,
+)
 from veneer.models.base import Base
+from veneer.ops.native import merge as native
 from veneer.ops.scratch import keep_freed_memory
 
 NOTICEABLE = 0.05
@@ -192,13 +205,17 @@ class _Job:
         if self.recorder is not None:
             self.recorder.write(folder / RECORD)
 
-    def produce(self, name: str) -> Tensor | Span:
+    def produce(self, name: str) -> Tensor | Written:
         """The tensor called `name` in the merged checkpoint. Called from several threads."""
         edit = self.edits.get(name)
         if edit is None:
             return self.store.verbatim(name)
-        stored = self.store.tensor(edit.source)
-        result = merged(stored, edit.update(self.store), None if self.seed is None else stream(self.seed, name))
+        stored, where = self.store.tensor(edit.source), self.store.verbatim(edit.source)
+        update = edit.update(self.store)
+        if isinstance(where, Span) and isinstance(update, LowRankRows) and self.seed is None and self.recorder is None:
+            if native.available(stored, update.left, update.right):
+                return _Merging(self, name, where, update)
+        result = merged(stored, update, None if self.seed is None else stream(self.seed, name))
         if self.recorder is not None:
             self.recorder.add(name, stored, result.value, edit.factors())
         self.results[name] = replace(result, value=torch.empty(0))
@@ -224,6 +241,25 @@ class _Job:
     def report(self, out: Path, verdict: Verdict) -> MergeReport:
         bits = None if self.recorder is None else self.recorder.bits_per_weight
         return MergeReport(out, self.found(), verdict, self.lost(), bool(self.extra), bits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Merging(Written):
+    """A merged tensor that goes from file to file, a few rows at a time."""
+
+    job: _Job
+    name: str
+    source: Span
+    update: LowRankRows
+
+    def write(self, handle: int, start: int) -> None:
+        left, right = self.update.left, self.update.right
+        with self.source.path.open("rb", buffering=0) as file:
+            try:
+                lost, weight = native.low_rank_file(file.fileno(), self.source.start, left, right, handle, start)
+            except EOFError as error:
+                raise cut_short(self.source.path) from error
+        self.job.results[self.name] = Rounded(torch.empty(0), lost, self.update.square(0, len(left)), weight)
 
 
 def write_card(folder: Path, adapter: Adapter, story: Story, store: BaseStore | FolderStore) -> None:

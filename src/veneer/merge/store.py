@@ -20,7 +20,7 @@ from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,13 +55,34 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Written(Protocol):
+    """A tensor that knows how to write itself."""
+
+    def write(self, handle: int, start: int) -> None:
+        """Put every byte of it into the file `handle`, from `start` on."""
+
+
 @dataclass(frozen=True)
-class Span:
+class Span(Written):
     """Bytes `[start, stop)` of a file: a tensor that is copied as it is."""
 
     path: Path
     start: int
     stop: int
+
+    def write(self, handle: int, start: int) -> None:
+        """Through a small buffer: reading a mapping costs a page fault for every few pages."""
+        with self.path.open("rb", buffering=0) as source:
+            source.seek(self.start)
+            for at in range(self.start, self.stop, PIECE):
+                content = source.read(min(PIECE, self.stop - at))
+                if not content:
+                    raise cut_short(self.path)
+                start = _put(handle, start, memoryview(content))
+
+
+def cut_short(path: Path) -> FormatError:
+    return FormatError(f"{path} was cut short while it was read", help="fetch it again")
 
 
 @dataclass(frozen=True)
@@ -249,16 +270,15 @@ def with_extra(shards: Sequence[Shard], extra: Sequence[tuple[str, Entry]]) -> t
     return tuple(found)
 
 
-Job: TypeAlias = tuple[int, int, str, "Callable[[str], Tensor | Span]"]
-"""A file's handle, where the tensor begins in it, its name, and what produces it."""
+Produce: TypeAlias = Callable[[str], Tensor | Written]
+Job: TypeAlias = tuple[int, int, Entry, Produce]
+"""A file's handle, where the tensor begins in it, what it is, and what produces it."""
 
 
-def write_shards(
-    folder: Path, shards: Sequence[Shard], produce: Callable[[str], Tensor | Span], workers: int = 1
-) -> None:
+def write_shards(folder: Path, shards: Sequence[Shard], produce: Produce, workers: int = 1) -> None:
     """Write every file, and the index where there are several. Each worker holds one tensor at a time.
 
-    produce  the tensor of a name, or where its bytes are. With several workers it is called from their threads, in any order
+    produce  the tensor of a name, or what writes it. With several workers it is called from their threads, in any order
     workers  threads; they share the cores, so one computes while another writes
     """
     with side_by_side(workers) as pool:
@@ -268,7 +288,7 @@ def write_shards(
             with (folder / shard.file).open("wb", buffering=0) as file:
                 file.write(head)
                 named = zip(starts, shard.entries, strict=False)
-                _write_all([(file.fileno(), start, entry.name, produce) for start, entry in named], pool)
+                _write_all([(file.fileno(), start, entry, produce) for start, entry in named], pool)
     if len(shards) > 1 or shards[0].file != SINGLE:
         entries = [(shard.file, entry) for shard in shards for entry in shard.entries]
         index = {
@@ -290,29 +310,20 @@ def _write_all(jobs: Sequence[Job], pool: Executor) -> None:
         wait(running)
 
 
-def _write_entry(handle: int, start: int, name: str, produce: Callable[[str], Tensor | Span]) -> None:
-    made = produce(name)
-    stop = _copy_span(handle, start, made) if isinstance(made, Span) else _put(handle, start, raw_bytes(made))
+def _write_entry(handle: int, start: int, entry: Entry, produce: Produce) -> None:
+    made = produce(entry.name)
+    if isinstance(made, Tensor):
+        _put(handle, start, raw_bytes(made))
+    else:
+        made.write(handle, start)
     if sys.platform == "linux":  # begin to write to the disk, and wait for nothing
-        os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle, start, entry.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _put(handle: int, start: int, content: memoryview) -> int:
     while len(content):
         done = os.pwrite(handle, content, start)
         start, content = start + done, content[done:]
-    return start
-
-
-def _copy_span(handle: int, start: int, span: Span) -> int:
-    """Copy bytes from file to file through a small buffer: reading a mapping costs a page fault for every few pages."""
-    with span.path.open("rb", buffering=0) as source:
-        source.seek(span.start)
-        for at in range(span.start, span.stop, PIECE):
-            content = source.read(min(PIECE, span.stop - at))
-            if not content:
-                raise FormatError(f"{span.path} was cut short while it was read", help="fetch it again")
-            start = _put(handle, start, memoryview(content))
     return start
 
 

@@ -54,6 +54,7 @@ _SIGNATURES = {
     "low_rank_rows": "ppllpli",
     "dequantise_int8": "ppllpi",
     "merge_low_rank": "plpplllpppi",
+    "merge_low_rank_file": "ililpplllpp",
     "decode_blocks": "plppppli",
     "rms_forward": "plllpfppi",
     "rotary": "plllllppfpi",
