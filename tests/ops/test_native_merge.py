@@ -60,9 +60,12 @@ def test_what_the_system_says_of_a_file_is_passed_on(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             merge.low_rank_file(target.fileno(), 0, left, right, target.fileno(), 0)
     if Path("/dev/full").exists():
-        with (tmp_path / "in").open("rb") as source, open("/dev/full", "wb") as target:
-            with pytest.raises(OSError, match="No space left"):
-                merge.low_rank_file(source.fileno(), 0, left, right, target.fileno(), 0)
+        with (
+            (tmp_path / "in").open("rb") as source,
+            open("/dev/full", "wb") as target,
+            pytest.raises(OSError, match="No space left"),
+        ):
+            merge.low_rank_file(source.fileno(), 0, left, right, target.fileno(), 0)
 
 
 @needs_kernels

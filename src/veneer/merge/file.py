@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from veneer.formats.card import OF_BASE, Story, card
 from veneer.formats.folder import replace_folder
 from veneer.merge.exact import NOTE, RECORD, Recorder
 from veneer.merge.plan import Edit, Places, edits
-from veneer.merge.rounding import LowRankRows, Rounded, blocks, merged, share_lost
+from veneer.merge.rounding import LowRankRows, Rounded, Update, blocks, merged, share_lost
 from veneer.merge.store import (
     BaseStore,
     Entry,
@@ -212,9 +212,8 @@ class _Job:
             return self.store.verbatim(name)
         stored, where = self.store.tensor(edit.source), self.store.verbatim(edit.source)
         update = edit.update(self.store)
-        if isinstance(where, Span) and isinstance(update, LowRankRows) and self.seed is None and self.recorder is None:
-            if native.available(stored, update.left, update.right):
-                return _Merging(self, name, where, update)
+        if self.seed is None and self.recorder is None and isinstance(where, Span) and _has_kernel(update, stored):
+            return _Merging(self, name, where, update)
         result = merged(stored, update, None if self.seed is None else stream(self.seed, name))
         if self.recorder is not None:
             self.recorder.add(name, stored, result.value, edit.factors())
@@ -241,6 +240,10 @@ class _Job:
     def report(self, out: Path, verdict: Verdict) -> MergeReport:
         bits = None if self.recorder is None else self.recorder.bits_per_weight
         return MergeReport(out, self.found(), verdict, self.lost(), bool(self.extra), bits)
+
+
+def _has_kernel(update: Update, stored: Tensor) -> TypeGuard[LowRankRows]:
+    return isinstance(update, LowRankRows) and native.available(stored, update.left, update.right)
 
 
 @dataclass(frozen=True, eq=False)
