@@ -17,6 +17,7 @@ from tests.engine.small import ids, lora, lowered_of, plain_greedy, plain_logits
 from veneer.adapter import Adapter
 from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
 from veneer.engine.arena import Arena
+from veneer.engine.batch import prepare
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
 from veneer.inject import create
 from veneer.methods import lower, parse
@@ -61,6 +62,18 @@ def shaken(base: Base, kind: str, seed: int = 0) -> Adapter:
 
 def tokens(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     return [list(choices[0].tokens) for choices in engine.complete(requests)]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_adapter_of_any_method_is_one_piece_of_memory(kind: str) -> None:
+    base = small_base()
+    resident = prepare([(shaken(base, kind), 1.0)], base)
+    found: list[int] = []
+    resident.bank.map_tensors(lambda tensor: (found.append(id(tensor)), tensor)[1])
+    tensors = list(resident.bank.tensors())
+    assert set(found) == {id(tensor) for tensor in tensors} and tensors
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert resident.bytes == tensors[0].untyped_storage().nbytes()
 
 
 # -- one batch, many adapters ------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 
+import pytest
 import torch
 
 from veneer.engine.loader import TURN, Loader
+from veneer.ops.threads import team
 
 
 def test_a_load_multiplies_on_one_thread_and_others_keep_theirs() -> None:
@@ -27,6 +29,24 @@ def test_a_load_multiplies_on_one_thread_and_others_keep_theirs() -> None:
     later.start()
     later.join()
     assert found == [before] and torch.get_num_threads() == before
+    loader.close()
+
+
+def test_a_load_has_a_core_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    usual = team()
+    assert usual == 4
+    loader: Loader[int] = Loader()
+    begun, gate = threading.Event(), threading.Event()
+    loader.start("a", lambda: (begun.set(), gate.wait(10), 1)[-1])
+    assert begun.wait(10)
+    assert team() == usual - 1, "the kernels of a step have one thread less"
+    gate.set()
+    loader.wait(10)
+    assert team() == usual
+    loader.start("b", lambda: 1 // 0)
+    loader.wait(10)
+    assert team() == usual, "also after a load that failed"
     loader.close()
 
 

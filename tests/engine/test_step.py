@@ -19,6 +19,7 @@ from veneer.models.base import Base
 from veneer.models.step import Steps
 from veneer.ops.native import block, build
 from veneer.ops.pack import Pack
+from veneer.ops.threads import own_core
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
 
@@ -87,6 +88,19 @@ def scores(base: Base, mix: list[Callable[[Base], Adapter] | None], **settings: 
     running.complete(asked)
     running.close()
     return found
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """A step that leaves a core to somebody who loads says what it would have said."""
+    base = base_of("llama")
+    torch.set_num_threads(2)
+    try:
+        together = scores(base, MIXES["several"])
+        with own_core():
+            less = scores(base, MIXES["several"])
+    finally:
+        torch.set_num_threads(1)
+    assert len(together) == len(less) and all(torch.equal(a, b) for a, b in zip(together, less, strict=True))
 
 
 def both(

@@ -9,7 +9,7 @@ from torch import Tensor
 from veneer.ops.low_rank import DenseFrozen, Pack, Packs, adapted_linear, adapted_linear_reference
 from veneer.ops.mixed import plan
 from veneer.ops.native import build
-from veneer.ops.native.mixed import RUN, columns_together, factors, jobs
+from veneer.ops.native.mixed import RUN, factors, jobs
 from veneer.types import Span
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
@@ -17,6 +17,11 @@ needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native ke
 
 def random(g: torch.Generator, *shape: int, size: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=g) * size).bfloat16()
+
+
+def by_rank(B: Tensor) -> Tensor:
+    """B `[out, rank]` stored rank by rank, as the kernel reads it."""
+    return B.t().contiguous().t()
 
 
 @needs_kernels
@@ -28,7 +33,7 @@ def test_the_kernel_is_the_definition(k: int, outs: tuple[int, ...]) -> None:
     for rows, rank in ((1, 16), (2, 7), (7, 1), (1, 33), (9, 5)):
         column, pairs = 0, []
         for out in outs:
-            A, B = random(g, rank, k, size=k**-0.5), columns_together(random(g, out, rank))
+            A, B = random(g, rank, k, size=k**-0.5), by_rank(random(g, out, rank))
             pairs.append((A, B, column))
             part = slice(row, row + rows), slice(column, column + out)
             exact[part] += x[row : row + rows].double() @ A.double().t() @ B.double().t()
@@ -46,7 +51,7 @@ def test_the_kernel_is_the_definition(k: int, outs: tuple[int, ...]) -> None:
 @needs_kernels
 def test_what_the_kernel_cannot_take_is_left_to_others() -> None:
     g = torch.Generator().manual_seed(0)
-    A, B = random(g, 4, 64), columns_together(random(g, 32, 4))
+    A, B = random(g, 4, 64), by_rank(random(g, 32, 4))
     good = factors([(A, B, 0)])
     assert good is not None
     for bad in (
@@ -69,7 +74,7 @@ def test_what_the_kernel_cannot_take_is_left_to_others() -> None:
 
 def packs(g: torch.Generator) -> Packs:
     def one(rank: int, *, scaled: bool = False, biased: bool = False, parts: int = 2) -> Pack:
-        B = tuple(columns_together(random(g, 32, rank, size=0.5)) for _ in range(parts))
+        B = tuple(by_rank(random(g, 32, rank, size=0.5)) for _ in range(parts))
         return Pack(
             A=random(g, rank * parts, 64, size=0.1),
             B=B,

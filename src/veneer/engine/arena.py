@@ -5,7 +5,7 @@ prefix are plain slices. When a sequence starts to decode it takes a seat in a t
 `[layers, 2, seats, positions, kv_heads, head_dim]`: all of a table attend in one call, with no gathering and little
 padding. Seats are kept without holes; a sequence that outgrows its table moves to the next size.
 
-The surprise: a freed seat is not a clean one. What lies beyond a sequence's length is masked, but 0 * NaN is NaN, so
+The surprise: a seat is not a clean one, new or freed. What lies beyond a sequence's length is masked, but 0 * NaN is NaN, so
 the rest of a seat is zeroed when somebody sits down: no other sequence, broken or not, can be seen.
 """
 
@@ -62,7 +62,7 @@ class Table:
         """Take the next seat for `contents` `[layers, 2, n, kv_heads, head_dim]`."""
         seats, seat = self.store.shape[2], len(self.ids)
         if seat == seats:
-            wider = self.store.new_zeros(*self.store.shape[:2], seats + min(seats, 8), *self.store.shape[3:])
+            wider = self.store.new_empty(*self.store.shape[:2], seats + min(seats, 8), *self.store.shape[3:])
             wider[:, :, :seats] = self.store
             self.store = wider
         length = contents.shape[2]
@@ -102,14 +102,24 @@ class _Plan:
     """How the rows of a call attend.
 
     seated  rows that decode, by table
-    alone   other runs: their keys and values go to buffers of their own
+    alone   other runs, with what their sequences have stored: keys and values go there
     fresh   rows of neighbours among those that see nothing older than themselves, and the lengths of their runs
     """
 
     runs: tuple[Run, ...]
     seated: tuple[_Seated, ...]
-    alone: tuple[tuple[int, Run], ...]
+    alone: tuple[_Alone, ...]
     fresh: tuple[tuple[slice, list[int]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    """A run from row `row` on. Of each layer: its sequence's keys and values up to its end, and the places for its own."""
+
+    row: int
+    run: Run
+    stored: tuple[tuple[Tensor, Tensor], ...]
+    own: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Arena:
@@ -219,14 +229,13 @@ class Arena:
             out[group.rows] = decode_attention(
                 q[group.rows], keys, values, group.lengths, scale=scale, window=window, softcap=softcap
             )
-        for row, run in plan.alone:
-            stop, end = row + run.length, run.start + run.length
-            buffer = self._view(run.sequence)
-            buffer[layer, 0, run.start : end] = k[row:stop]
-            buffer[layer, 1, run.start : end] = v[row:stop]
-            if run.start:
-                keys, values = buffer[layer, 0, :end], buffer[layer, 1, :end]
-                out[row:stop] = attention_over(q[row:stop], keys, values, scale=scale, window=window, softcap=softcap)
+        for alone in plan.alone:
+            rows, (keys, values) = slice(alone.row, alone.row + alone.run.length), alone.own[layer]
+            keys.copy_(k[rows])
+            values.copy_(v[rows])
+            if alone.run.start:
+                keys, values = alone.stored[layer]
+                out[rows] = attention_over(q[rows], keys, values, scale=scale, window=window, softcap=softcap)
         for rows, lengths in plan.fresh:
             found = attention(q[rows], k[rows], v[rows], lengths, scale=scale, window=window, softcap=softcap)
             if len(found) == len(q):
@@ -249,14 +258,14 @@ class Arena:
         """Which rows attend together: the same for every layer of a pass."""
         if self._plan is not None and self._plan.runs == tuple(runs):
             return self._plan
-        alone: list[tuple[int, Run]] = []
+        alone: list[_Alone] = []
         members: dict[int, list[tuple[int, int, Run]]] = {}
         tables: dict[int, Table] = {}
         row = 0
         for run in runs:
             table = self._seat_of.get(run.sequence)
             if table is None or run.length > 1:
-                alone.append((row, run))
+                alone.append(self._alone(row, run))
             else:
                 tables[id(table)] = table
                 members.setdefault(id(table), []).append((table.ids.index(run.sequence), row, run))
@@ -264,6 +273,12 @@ class Arena:
         seated = tuple(self._group(tables[key], found) for key, found in members.items())
         self._plan = _Plan(tuple(runs), seated, tuple(alone), tuple(_fresh(alone)))
         return self._plan
+
+    def _alone(self, row: int, run: Run) -> _Alone:
+        buffer, end = self._view(run.sequence), run.start + run.length
+        stored = tuple(layer.unbind(0) for layer in buffer[:, :, :end].unbind(0)) if run.start else ()
+        own = tuple(layer.unbind(0) for layer in buffer[:, :, run.start : end].unbind(0))
+        return _Alone(row, run, stored, own)
 
     def _group(self, table: Table, found: list[tuple[int, int, Run]]) -> _Seated:
         found.sort(key=lambda member: member[0])
@@ -290,7 +305,7 @@ class Arena:
         size = capacity(positions)
         if size not in self._tables:
             layers, two, heads, dim = self._shape
-            store = torch.zeros(layers, two, 1, size, heads, dim, dtype=self._dtype, device=self._device)
+            store = torch.empty(layers, two, 1, size, heads, dim, dtype=self._dtype, device=self._device)
             self._tables[size] = Table(store)
         self._tables[size].sit(id, contents)
         self._seat_of[id] = self._tables[size]
@@ -317,17 +332,17 @@ class Arena:
             spare.append(buffer)
 
 
-def _fresh(alone: Sequence[tuple[int, Run]]) -> Iterator[tuple[slice, list[int]]]:
+def _fresh(alone: Sequence[_Alone]) -> Iterator[tuple[slice, list[int]]]:
     """Rows and lengths of neighbouring runs that start their sequences."""
     start, lengths = 0, list[int]()
-    for row, run in alone:
-        if run.start:
+    for own in alone:
+        if own.run.start:
             continue
-        if lengths and start + sum(lengths) != row:
+        if lengths and start + sum(lengths) != own.row:
             yield slice(start, start + sum(lengths)), lengths
             lengths = []
-        start = start if lengths else row
-        lengths.append(run.length)
+        start = start if lengths else own.row
+        lengths.append(own.run.length)
     if lengths:
         yield slice(start, start + sum(lengths)), lengths
 

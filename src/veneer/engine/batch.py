@@ -9,11 +9,10 @@ that step needs its packs in parts too. They are slices of the packed ones.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,11 @@ from veneer.models.bank import Bank, Packed, compose
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.group import Group
-from veneer.ops.native.mixed import columns_together
 from veneer.ops.pack import Pack, Packs
 from veneer.types import Bias, InScale, Lowered, LowRank, OutScale, Primitive
+
+_BLOCK = 1 << 18
+"""Numbers that are looked at together: they stay in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,37 +78,39 @@ def lowered_for(parts: Sequence[tuple[Adapter, float]], base: Base) -> Lowered:
 
 def resident_of(lowered: Lowered, base: Base, digest: str) -> Resident:
     """Primitives in the dtype and layout that steps read."""
-    bank, room = _in_one_piece(_expanding_by_rank(base.bank([lowered])), base.decoder)
-    # One sum says it at a tenth of the cost of asking every number; where it is not finite, they are asked.
-    finite = bool(room.sum(dtype=torch.float32).isfinite()) or bool(room.isfinite().all())
-    return Resident(bank, digest, lowered.invocation, sum(t.nbytes for t in _tensors(bank)), finite)
+    bank, room = _in_one_piece(base.bank([lowered]), base.decoder)
+    return Resident(bank, digest, lowered.invocation, room.nbytes, _is_finite(room))
 
 
 def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
     """The same bank and its numbers, every tensor copied into one allocation in the decoder's dtype.
 
-    So that nothing keeps the file mapped that it was read from, and memory is given back whole when the adapter goes.
+    So that nothing keeps the file mapped that it was read from, and memory is given back whole when the adapter goes. Every B is
+    stored rank by rank, which is how the kernel for decoding reads it.
     """
+    tensors = {id(tensor): tensor for tensor in bank.tensors()}  # one that several groups share is shared in here, too
+    by_rank = {id(b) for packed in bank.groups.values() for pack in packed.packs for b in pack.B}
     step = 64 // decoder.dtype.itemsize  # elements of a cache line
-    sizes = [-(-t.numel() // step) * step for t in _tensors(bank)]
+    sizes = [-(-t.numel() // step) * step for t in tensors.values()]
     room = torch.zeros(sum(sizes), dtype=decoder.dtype, device=decoder.device)
-    starts = itertools.accumulate(sizes, initial=0)
     places: dict[int, Tensor] = {}
-
-    def moved(tensor: Tensor) -> Tensor:
-        if id(tensor) in places:  # a tensor that several groups share is shared in here, too
-            return places[id(tensor)]
-        by_columns = tensor.dim() == 2 and tensor.stride(0) == 1 and tensor.shape[0] > 1
-        strides = (1, tensor.shape[0]) if by_columns else _contiguous_strides(tensor.shape)
-        place = places[id(tensor)] = room.as_strided(tensor.shape, strides, next(starts))
-        place.copy_(tensor.detach())
-        return place
-
-    return bank.map_tensors(moved), room
+    for (key, tensor), part in zip(tensors.items(), room.split(sizes), strict=True):
+        flat = part[: tensor.numel()]
+        places[key] = flat.view(tensor.shape[1], -1).t() if key in by_rank else flat.view(tensor.shape)
+        places[key].copy_(tensor.detach())
+    moved = bank.map_tensors(lambda tensor: places[id(tensor)])
+    groups = {name: replace(packed, packs=Packs(packed.packs)) for name, packed in moved.groups.items()}
+    return replace(moved, groups=groups), room
 
 
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+def _is_finite(room: Tensor) -> bool:
+    """Whether every number is one."""
+    if (
+        room.dtype == torch.bfloat16 and room.device.type == "cpu"
+    ):  # a pattern of bits that is quickly seen, block by block
+        blocks = np.array_split(room.view(torch.int16).numpy(), 1 + room.numel() // _BLOCK)
+        return not any(bool(((block & 0x7F80) == 0x7F80).any()) for block in blocks)
+    return bool(room.sum(dtype=torch.float32).isfinite()) or bool(room.isfinite().all())
 
 
 def check(adapter: Adapter) -> None:
@@ -196,15 +199,6 @@ def _check_prefix(lowered: Lowered, decoder: Decoder) -> None:
         )
 
 
-def _expanding_by_rank(bank: Bank) -> Bank:
-    """The same bank with every B stored rank by rank, which is how the kernel for decoding reads it."""
-    groups = {}
-    for name, packed in bank.groups.items():
-        packs = Packs(replace(pack, B=tuple(columns_together(b) for b in pack.B)) for pack in packed.packs)
-        groups[name] = replace(packed, packs=packs)
-    return replace(bank, groups=groups)
-
-
 def join(residents: Sequence[Resident], groups: Mapping[str, Group]) -> Bank:
     """The bank of a step: entry i is `residents[i]`."""
     banks = [resident.bank for resident in residents]
@@ -276,14 +270,3 @@ def _side_by_side(packs: Sequence[Pack | None]) -> Packed:
         slots.append(-1 if pack is None else taken)
         taken += pack is not None
     return Packed(kept, tuple(slots))
-
-
-def _tensors(bank: Bank) -> list[Tensor]:
-    seen: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        seen[id(tensor)] = tensor
-        return tensor
-
-    bank.map_tensors(note)
-    return list(seen.values())

@@ -1,7 +1,7 @@
 """Adapters are read, checked and packed on a worker thread, so that no stream waits for a disk.
 
 The engine asks for results between steps. The worker gives way: it runs torch on one thread and, where the system
-allows, at low priority.
+allows, at low priority. The kernels of decoding leave it a core meanwhile (`ops/threads.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 import torch
 
 from veneer.errors import VeneerError
+from veneer.ops.threads import own_core
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Loader(Generic[T]):
 
 def _timed(load: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
-    with _short_turns:
+    with _short_turns, own_core():
         result = load()
     return result, time.perf_counter() - start
 

@@ -143,6 +143,8 @@ class Method(BaseModel, ABC):
     @staticmethod
     def replacing(lowered: Lowered, overrides: Mapping[str, Override]) -> Lowered:
         """`lowered` with more replaced tensors. One tensor has one replacement: a second would hide the first."""
+        if not overrides:
+            return lowered
         twice = sorted(set(overrides) & set(lowered.overrides))
         if twice:
             raise Unsupported(

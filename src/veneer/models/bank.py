@@ -11,7 +11,7 @@ That is why DoRA's norms cost nothing per micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -164,6 +164,17 @@ class Bank:
 
         return self.map_tensors(leaf), list(pairs.values())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor; one that several places share comes several times."""
+        for packed in self.groups.values():
+            yield from (t for pack in packed.packs for t in pack.tensors() if t is not None)
+        for sublayers in self.sublayers:
+            yield from (t for own in sublayers.values() for b in own for t in (b.down, b.down_bias, b.up, b.up_bias))
+        yield from (own.rows for own in self.tokens if own is not None)
+        yield from (t for layers in self.kv for kv in layers.values() for t in (kv.key, kv.value))
+        yield from (own.value for overrides in self.overrides for own in overrides.values())
+        yield from (t for factors in self.embedding if factors is not None for t in factors)
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Bank:
         """The same bank with `function` applied to every tensor."""
 
@@ -171,14 +182,7 @@ class Bank:
             return None if tensor is None else function(tensor)
 
         def of_pack(pack: Pack) -> Pack:
-            return replace(
-                pack,
-                A=maybe(pack.A),
-                B=tuple(function(b) for b in pack.B),
-                in_scale=maybe(pack.in_scale),
-                out_scale=maybe(pack.out_scale),
-                bias=maybe(pack.bias),
-            )
+            return pack.with_tensors([maybe(t) for t in pack.tensors()])
 
         def of_bottleneck(b: Bottleneck) -> Bottleneck:
             return replace(

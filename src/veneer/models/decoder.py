@@ -93,8 +93,8 @@ class Decoder:
         last = self.config.layers - 1
         stepped = self._steps.run(h, state)
         if stepped is not None:
-            h = stepped if wanted is None or len(wanted) == len(stepped) else stepped[wanted]
-        for layer in range(self.config.layers if stepped is None else 0):
+            return stepped if wanted is None or len(wanted) == len(stepped) else stepped[wanted]
+        for layer in range(self.config.layers):
             needed = wanted if layer == last else None
             if layer < recompute and torch.is_grad_enabled():
                 h = checkpoint(self._block, h, layer, state, needed, use_reentrant=False, preserve_rng_state=False)

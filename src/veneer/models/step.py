@@ -46,7 +46,7 @@ class Steps:
         self._stacks: WeakKeyDictionary[Bank, tuple[tuple[Span, ...], Stack | None]] = WeakKeyDictionary()
 
     def run(self, h: Tensor, state: Pass) -> Tensor | None:
-        """The residual stream after all blocks.
+        """Hidden states after all blocks and the final norm.
 
         None where some row reads more than one token or more is asked than the kernel gives.
         """
@@ -95,7 +95,12 @@ class Steps:
                 if planned is None or planned.long or planned.vectors:
                     return None
                 updates.append(planned.jobs)
-        return Stack(self._blocks, tuple(updates))
+        return Stack(self._blocks, tuple(updates), self._norm("final_norm"))
+
+    def _norm(self, name: str) -> Tensor:
+        """An RMSNorm weight as the kernel reads it."""
+        offset = 1.0 if self._config.norm == "rms1" else 0.0
+        return (self._norms[name].float() + offset).contiguous()
 
     def _block(self, layer: int) -> Block | None:
         config, name = self._config, f"layers.{layer}"
@@ -103,8 +108,7 @@ class Steps:
         found = [product for product in products if product is not None]
         if len(found) < len(products):
             return None
-        norms = [self._norms.get(f"{name}.{norm}") for norm in NORMS]
-        offset = 1.0 if config.norm == "rms1" else 0.0
+        norms = [self._norm(f"{name}.{norm}") if f"{name}.{norm}" in self._norms else None for norm in NORMS]
         local = config.is_local(layer) and config.local_rope is not None
         shape = Shape(
             eps=config.norm_eps,
@@ -118,7 +122,7 @@ class Steps:
             whole=config.qk_norm == "full",
             local=local,
         )
-        return block(found, [None if norm is None else norm.float() + offset for norm in norms], shape)
+        return block(found, norms, shape)
 
 
 def _is_covered(config: DecoderConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Several small pieces of work at a time, where one alone leaves cores idle."""
+"""Who uses how many cores: several small pieces of work at a time, and work beside a stream of small parallel ones."""
 
 from __future__ import annotations
 
@@ -24,3 +24,25 @@ def side_by_side(most: int) -> Iterator[ThreadPoolExecutor]:
 def _share(threads: int) -> None:
     torch.get_num_threads()  # a thread takes over the common number when it is first asked: before it gets its own
     torch.set_num_threads(threads)
+
+
+_beside: list[None] = []
+
+
+@contextmanager
+def own_core() -> Iterator[None]:
+    """For work on one thread beside kernels that many threads share: `team` leaves it a core meanwhile.
+
+    Such a kernel waits at every barrier for its slowest thread, so one that is pushed from its core stops them all. To do without
+    the core costs less: memory is read hardly more slowly.
+    """
+    _beside.append(None)
+    try:
+        yield
+    finally:
+        _beside.pop()
+
+
+def team() -> int:
+    """Threads for a kernel that is bound by memory and gives the same bits with any number of them."""
+    return max(1, torch.get_num_threads() - len(_beside))

@@ -129,9 +129,9 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
 }
 
 /* `count` blocks on the residual stream h [n][hidden], in place; updates has four for each. cosines and sines are [n][half], those of
- * global and of local layers. Returns 0 without memory. */
+ * global and of local layers. At the end h is normed by `final`, fp32, unless that is NULL. Returns 0 without memory. */
 int decode_blocks(const Block *const *blocks, long count, const Place *places, const Angles *angles, const Updates *const *updates, bf16 *h,
-                  long n, int threads) {
+                  long n, const float *final, int threads) {
     long most = 0;
     for (long l = 0; l < count; l++) {
         const Block *b = blocks[l];
@@ -144,7 +144,12 @@ int decode_blocks(const Block *const *blocks, long count, const Place *places, c
     bf16 *scratch = malloc((size_t)most * sizeof(bf16));
     if (!scratch) return 0;
 #pragma omp parallel num_threads(threads)
-    for (long l = 0; l < count; l++) one_block(blocks[l], l, places, angles, updates + 4 * l, h, n, scratch);
+    {
+        for (long l = 0; l < count; l++) one_block(blocks[l], l, places, angles, updates + 4 * l, h, n, scratch);
+        const long hidden = blocks[0]->qkv.in;
+#pragma omp for schedule(static)
+        for (long r = 0; r < n; r++) norm(h + r * hidden, 1, hidden, final, blocks[0]->eps);
+    }
     free(scratch);
     return 1;
 }

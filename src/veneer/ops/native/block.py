@@ -14,6 +14,7 @@ from torch import Tensor
 from veneer.ops.native.build import library
 from veneer.ops.native.mixed import Jobs
 from veneer.ops.native.rows import SMOOTH
+from veneer.ops.threads import team
 
 NORMS = ("attn_norm", "mlp_norm", "post_attn_norm", "post_mlp_norm", "q_norm", "k_norm")
 """Their weights in the order that `block` takes them: before attention and MLP, on their outputs, on q and k."""
@@ -100,10 +101,14 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """All blocks of a decoder, and the low-rank updates of some mix of rows: for each block of q|k|v, o, gate|up and down."""
+    """All blocks of a decoder, and the low-rank updates of some mix of rows: for each block of q|k|v, o, gate|up and down.
+
+    final  RMSNorm weight of the last norm with its offset, fp32
+    """
 
     blocks: tuple[Block, ...]
     updates: tuple[Jobs | None, ...]
+    final: Tensor
 
     @cached_property
     def _pointers(self) -> tuple[ctypes.Array[c_void_p], ctypes.Array[c_void_p]]:
@@ -112,7 +117,7 @@ class Stack:
         return blocks, (c_void_p * len(self.updates))(*updates)
 
     def run(self, h: Tensor, places: ctypes.Array[Place], angles: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The residual stream `[n, hidden]` after all blocks. Row i reads a token at places[i]; keys and values are stored.
+        """The residual stream `[n, hidden]` after all blocks and the final norm. Row i reads a token at places[i]; keys and values are stored.
 
         angles  cos and sin, fp32 `[n, half]`, of global and of local layers
         """
@@ -122,9 +127,7 @@ class Stack:
         assert all(t.dtype == torch.float32 and t.is_contiguous() and len(t) == len(h) for pair in angles for t in pair)
         y, turns = h.clone(), (c_void_p * 4)(*(t.data_ptr() for pair in angles for t in pair))
         blocks, updates = self._pointers
-        if not kernels.decode_blocks(
-            blocks, len(self.blocks), places, turns, updates, y.data_ptr(), len(y), torch.get_num_threads()
-        ):
+        if not kernels.decode_blocks(blocks, len(self.blocks), places, turns, updates, y.data_ptr(), len(y), self.final.data_ptr(), team()):
             raise MemoryError("no memory for the intermediate rows of a step")
         return y
 

@@ -55,7 +55,7 @@ _SIGNATURES = {
     "dequantise_int8": "ppllpi",
     "merge_low_rank": "plpplllpppi",
     "merge_low_rank_file": "ililpplllpp",
-    "decode_blocks": "plppppli",
+    "decode_blocks": "plpppplpi",
     "rms_forward": "plllpfppi",
     "rotary": "plllllppfpi",
     "gated_forward": "pllffpi",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from veneer.ops.blocks import Scores
 from veneer.ops.native.build import library
+from veneer.ops.threads import team
 
 FEW = 32
 """Rows up to which our product is the faster one: it is bound by reading the weight, and a library copies that first."""
@@ -34,7 +35,7 @@ def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor | None:
     (n, k), m = x.shape, codes.shape[0]
     y = torch.empty(n, m, dtype=x.dtype)
     kernels.few_rows_int8(
-        x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), n, m, k, y.data_ptr(), m, torch.get_num_threads()
+        x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), n, m, k, y.data_ptr(), m, team()
     )
     return y
 
@@ -52,9 +53,7 @@ def scores(x: Tensor, weight: Tensor) -> Tensor | None:
         return None
     (n, k), m = x.shape, weight.shape[0]
     y = torch.empty(n, m, dtype=torch.float32)
-    kernels.few_scores(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), torch.get_num_threads()
-    )
+    kernels.few_scores(x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), team())
     return y
 
 
@@ -77,9 +76,7 @@ def _run(x: Tensor, weight: Tensor, y: Tensor, *, add: bool) -> bool:
     if kernels is None:
         return False
     (n, k), m = x.shape, weight.shape[0]
-    kernels.few_rows(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), add, torch.get_num_threads()
-    )
+    kernels.few_rows(x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), add, team())
     return True
 
 
@@ -96,6 +93,6 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> 
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
     kernels.decode_attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), k.stride(1), v.stride(1),
-        (ctypes.c_int64 * b)(*lengths), b, heads, kv, d, how.window or 0, how.scale, out.data_ptr(), torch.get_num_threads(),
+        (ctypes.c_int64 * b)(*lengths), b, heads, kv, d, how.window or 0, how.scale, out.data_ptr(), team(),
     )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.ops.native.build import library
+from veneer.ops.threads import team
 
 RUN = 64
 """Rows of one adapter that one job takes; a longer run is better off with ordinary products."""
@@ -63,14 +64,9 @@ class Jobs:
         if not x.dtype == y.dtype == torch.bfloat16:
             return False
         done = kernels.low_rank_rows(
-            self.address, x.data_ptr(), x.stride(0), self.width, y.data_ptr(), y.stride(0), torch.get_num_threads()
+            self.address, x.data_ptr(), x.stride(0), self.width, y.data_ptr(), y.stride(0), team()
         )
         return bool(done)
-
-
-def columns_together(B: Tensor) -> Tensor:
-    """B `[out, rank]` with the same values, stored rank by rank, as the kernel reads it. A view where it is so already."""
-    return B.t().contiguous().t()
 
 
 def factors(pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Factors | None:
