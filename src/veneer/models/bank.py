@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Packed:
 
     packs: tuple[Pack, ...]
     slot: tuple[int, ...]
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether adapter i has pack i, for every i."""
+        return self.slot == tuple(range(len(self.packs)))
 
 
 @dataclass(frozen=True, eq=False)

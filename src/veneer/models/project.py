@@ -45,6 +45,8 @@ def packs_of(packed: Packed | None, spans: Sequence[Span]) -> tuple[tuple[Pack, 
     """The packs of one group, and the spans with indices into them; neighbours alike become one span."""
     if packed is None:
         return (), (Span(spans[0].start, spans[-1].stop, -1),) if spans else ()
+    if packed.is_whole and isinstance(spans, tuple):
+        return packed.packs, spans
     if isinstance(packed.packs, Packs) and isinstance(spans, tuple):
         return packed.packs, packed.packs.placed(spans, lambda these: _placed(packed, these))
     return packed.packs, _placed(packed, spans)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def plan(packs: Sequence[Pack], spans: Sequence[Span], dtype: torch.dtype) -> Pl
     """The plan for these rows, or None where a pack has another dtype or layout than the kernel reads."""
     used = sorted({span.index for span in spans if span.index >= 0})
     ours = [packs[i] for i in used]
-    if any(t is not None and t.dtype != dtype for pack in ours for t in pack.tensors()):
+    if any(not pack.dtypes <= {dtype} for pack in ours):
         return None
     rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
     runs: list[tuple[int, int, mixed.Factors]] = []
@@ -69,24 +68,10 @@ def plan(packs: Sequence[Pack], spans: Sequence[Span], dtype: torch.dtype) -> Pl
         if part.stop - part.start > mixed.RUN:
             long.append((part, pack))
             continue
-        factors = _factors(pack)
-        if factors is None:
+        if pack.factors is None:
             return None
-        runs.append((part.start, part.stop - part.start, factors))
+        runs.append((part.start, part.stop - part.start, pack.factors))
     jobs = mixed.jobs(runs)
     if runs and jobs is None:
         return None
-    vectors = any(t is not None for pack in ours for t in (pack.in_scale, pack.out_scale, pack.bias))
-    return Plan(jobs, tuple(long), ours, rows, vectors)
-
-
-_KNOWN: WeakKeyDictionary[Pack, mixed.Factors | None] = WeakKeyDictionary()
-
-
-def _factors(pack: Pack) -> mixed.Factors | None:
-    """The pack's pairs for the kernel, made once: packs of a bank do not change."""
-    if pack not in _KNOWN:
-        assert pack.A is not None
-        ranks = zip(pack.B, pack.ranks(), pack.columns, strict=True)
-        _KNOWN[pack] = mixed.factors((pack.A[first:last], b, start) for b, (first, last), (start, _) in ranks)
-    return _KNOWN[pack]
+    return Plan(jobs, tuple(long), ours, rows, any(pack.has_vectors for pack in ours))

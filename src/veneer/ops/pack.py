@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from veneer.ops.native import mixed
 from veneer.types import Span
 
 P = TypeVar("P")
@@ -39,6 +41,22 @@ class Pack:
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
     bias: Tensor | None = None
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(t.dtype for t in self.tensors() if t is not None)
+
+    @cached_property
+    def has_vectors(self) -> bool:
+        """Whether it scales or has a bias."""
+        return any(t is not None for t in (self.in_scale, self.out_scale, self.bias))
+
+    @cached_property
+    def factors(self) -> mixed.Factors | None:
+        """The low-rank update as the kernel for few rows reads it, or None where it can't."""
+        assert self.A is not None
+        ranks = zip(self.B, self.ranks(), self.columns, strict=True)
+        return mixed.factors((self.A[first:last], b, start) for b, (first, last), (start, _) in ranks)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.A, self.in_scale, self.out_scale, self.bias, *self.B)

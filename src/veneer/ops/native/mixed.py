@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -37,11 +37,30 @@ class _Updates(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One adapter's pairs A `[rank, k]` and B `[out, rank]` on one projection, as the kernel reads them: a record a pair."""
+    """One adapter's pairs A `[rank, k]` and B `[out, rank]` on one projection, as the kernel reads them.
 
-    records: NDArray[np.int64]
+    pointers  `[pairs, 2]`, to A and B
+    shape     of each pair its rank, the first column of its output, and the columns
+    """
+
+    pointers: NDArray[np.int64]
+    shape: tuple[tuple[int, int, int], ...]
     width: int
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """The jobs of a mix of rows but for their pointers: the same in every block of a model.
+
+    owner, block  the job that each unit of ranks and each block of columns belongs to
+    totals        units, blocks, and elements of scratch
+    """
+
+    records: NDArray[np.int64]
+    owner: NDArray[np.int32]
+    block: NDArray[np.int32]
+    totals: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +93,31 @@ def factors(pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Factors | None:
     found = tuple(pairs)
     if not found or library() is None or not all(_fits(a, b, found[0][0].shape[1]) for a, b, _ in found):
         return None
-    records = [(a.data_ptr(), b.data_ptr(), 0, 0, b.shape[1], column, b.shape[0], 0, 0, 0) for a, b, column in found]
-    return Factors(np.array(records, np.int64), found[0][0].shape[1], tuple(t for a, b, _ in found for t in (a, b)))
+    pointers = np.array([(a.data_ptr(), b.data_ptr()) for a, b, _ in found], np.int64)
+    shape = tuple((b.shape[1], column, b.shape[0]) for _, b, column in found)
+    return Factors(pointers, shape, found[0][0].shape[1], tuple(t for a, b, _ in found for t in (a, b)))
 
 
 def jobs(runs: Sequence[tuple[int, int, Factors]]) -> Jobs | None:
     """First row, rows and factors of each run made ready for the kernel; None without any, or where a run is too long."""
     if not runs or any(not 1 <= rows <= RUN for _, rows, _ in runs):
         return None
-    every = [factors for *_, factors in runs]
-    width = every[0].width
-    if any(f.width != width for f in every):
+    width = runs[0][2].width
+    if any(factors.width != width for *_, factors in runs):
         return None
-    counts = [len(f.records) for f in every]
-    made = np.concatenate([f.records for f in every])
-    made[:, _ROW] = np.repeat([row for row, *_ in runs], counts)
-    made[:, _ROWS] = np.repeat([rows for _, rows, _ in runs], counts)
+    layout = _layout(tuple((row, rows, factors.shape) for row, rows, factors in runs))
+    records = layout.records.copy()
+    records[:, : _BT + 1] = np.concatenate([factors.pointers for *_, factors in runs])
+    pointers = (array.__array_interface__["data"][0] for array in (records, layout.owner, layout.block))
+    return Jobs(_Updates(*pointers, *layout.totals), width, (records, layout, *runs))
+
+
+@lru_cache(maxsize=64)
+def _layout(runs: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]) -> _Layout:
+    made = np.array(
+        [(0, 0, row, rows, rank, column, out, 0, 0, 0) for row, rows, pairs in runs for rank, column, out in pairs],
+        np.int64,
+    )
     units, blocks = -(-made[:, _RANK] // UNIT), -(-made[:, _OUT] // BLOCK)
     lines = made[:, _ROWS] * (made[:, _RANK] + made[:, _RANK] % 2)
     totals = []
@@ -98,10 +126,7 @@ def jobs(runs: Sequence[tuple[int, int, Factors]]) -> Jobs | None:
         made[:, field] = stops - sizes
         totals.append(int(stops[-1]))
     numbers = np.arange(len(made), dtype=np.int32)
-    owner, block = numbers.repeat(units), numbers.repeat(blocks)
-    pointers = (array.__array_interface__["data"][0] for array in (made, owner, block))
-    updates = _Updates(*pointers, *totals)
-    return Jobs(updates, width, (made, owner, block, *every))
+    return _Layout(made, numbers.repeat(units), numbers.repeat(blocks), tuple(totals))
 
 
 def _fits(a: Tensor, b: Tensor, width: int) -> bool:
