@@ -249,6 +249,27 @@ def test_product_of_few_rows(n: int, m: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("n", [33, 48, 65, 200, few.SOME])
+@pytest.mark.parametrize("m, k", [(1, 32), (6, 128), (33, 320), (200, 576)])
+def test_product_of_some_rows(n: int, m: int, k: int) -> None:
+    x, w = bf16(n, k + 32)[:, 32:], bf16(m, k, seed=1)
+    found = few.product(x, w)
+    assert found is not None
+    assert relative(found, x.double() @ w.double().t()) < 3e-3
+    fewer = few.product(x[-33:], w)
+    assert fewer is not None
+    assert torch.equal(found[-33:], fewer), "a row does not depend on those beside it"
+
+
+@needs_kernels
+def test_rows_that_are_too_many_or_lie_oddly_are_left_to_the_library() -> None:
+    assert few.product(bf16(few.SOME + 1, 64), bf16(8, 64, seed=1)) is None
+    odd = bf16(40, 65)
+    assert few.product(odd[:, :64], bf16(8, 64, seed=1)) is None
+    assert few.product(bf16(40, 66)[:, 1:65], bf16(8, 64, seed=1)) is None
+
+
+@needs_kernels
 @pytest.mark.parametrize("n", [1, 7, 9, 64])
 @pytest.mark.parametrize("m", [1, 33])
 def test_scores_are_not_rounded(n: int, m: int) -> None:

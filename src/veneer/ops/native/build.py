@@ -48,6 +48,7 @@ def library() -> ctypes.CDLL | None:
 _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 _SIGNATURES = {
     "few_rows": "plplllplii",
+    "some_rows": "plplllpli",
     "few_scores": "plplllpli",
     "decode_attention": "pppllllplllllfpi",
     "few_rows_int8": "plpplllpli",

@@ -15,12 +15,18 @@ FEW = 32
 """Rows up to which our product is the faster one: it is bound by reading the weight, and a library copies that first."""
 
 
+SOME = 384
+"""Rows up to which another kernel of ours is: it lays out the rows once, where a library does so with the weight."""
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor | None:
     """x `[n, k]` times weight `[m, k]` transposed."""
-    if not _fits(x, weight):
+    if not _suits(x, weight) or x.shape[0] > SOME:
         return None
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    return y if _run(x, weight, y, add=False) else None
+    if x.shape[0] <= FEW:
+        return y if _run(x, weight, y, add=False) else None
+    return y if _run_some(x, weight, y) else None
 
 
 def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor | None:
@@ -78,6 +84,17 @@ def _run(x: Tensor, weight: Tensor, y: Tensor, *, add: bool) -> bool:
     (n, k), m = x.shape, weight.shape[0]
     kernels.few_rows(x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), add, team())
     return True
+
+
+def _run_some(x: Tensor, weight: Tensor, y: Tensor) -> bool:
+    kernels = library()
+    if kernels is None or x.stride(0) % 2 or x.data_ptr() % 4:  # pairs of numbers are read as one
+        return False
+    (n, k), m = x.shape, weight.shape[0]
+    done = kernels.some_rows(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), n, m, k, y.data_ptr(), y.stride(0), torch.get_num_threads()
+    )
+    return bool(done)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> Tensor | None:
