@@ -118,8 +118,8 @@ class _Alone:
 
     row: int
     run: Run
-    stored: tuple[tuple[Tensor, Tensor], ...]
-    own: tuple[tuple[Tensor, Tensor], ...]
+    stored: tuple[tuple[Tensor, ...], ...]
+    own: tuple[tuple[Tensor, ...], ...]
 
 
 class Arena:

@@ -117,7 +117,10 @@ class Stack:
         return blocks, (c_void_p * len(self.updates))(*updates)
 
     def run(self, h: Tensor, places: ctypes.Array[Place], angles: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The residual stream `[n, hidden]` after all blocks and the final norm. Row i reads a token at places[i]; keys and values are stored.
+        """Hidden states `[n, hidden]` after all blocks and the final norm, from the residual stream `h`.
+
+        Row i reads a token at places[i]; its keys and values are stored.
+
 
         angles  cos and sin, fp32 `[n, half]`, of global and of local layers
         """
@@ -127,7 +130,9 @@ class Stack:
         assert all(t.dtype == torch.float32 and t.is_contiguous() and len(t) == len(h) for pair in angles for t in pair)
         y, turns = h.clone(), (c_void_p * 4)(*(t.data_ptr() for pair in angles for t in pair))
         blocks, updates = self._pointers
-        if not kernels.decode_blocks(blocks, len(self.blocks), places, turns, updates, y.data_ptr(), len(y), self.final.data_ptr(), team()):
+        if not kernels.decode_blocks(
+            blocks, len(self.blocks), places, turns, updates, y.data_ptr(), len(y), self.final.data_ptr(), team()
+        ):
             raise MemoryError("no memory for the intermediate rows of a step")
         return y
 
