@@ -121,7 +121,6 @@ class Stack:
 
         Row i reads a token at places[i]; its keys and values are stored.
 
-
         angles  cos and sin, fp32 `[n, half]`, of global and of local layers
         """
         kernels = library()
