@@ -93,7 +93,7 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
         rotary_row(row + q, b->kv, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, key);
         memcpy(key + p->value_step, row + q + kv, (size_t)kv * 2);
     }
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(2) schedule(static, 1) /* groups of one long sequence go to different threads */
     for (long r = 0; r < n; r++)
         for (long g = 0; g < b->kv; g++) {
             const Place *p = places + r;

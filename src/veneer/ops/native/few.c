@@ -24,7 +24,7 @@ void few_scores(const bf16 *x, long x_row, const char *w, long n, long m, long k
 void decode_attention(const bf16 *q, const bf16 *k, const bf16 *v, long k_batch, long v_batch, long k_row, long v_row,
                       const int64_t *lengths, long b, long heads, long kv, long d, long window, float scale, bf16 *out, int threads) {
     const long group = heads / kv;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+#pragma omp parallel for collapse(2) schedule(static, 1) num_threads(threads)
     for (long s = 0; s < b; s++)
         for (long g = 0; g < kv; g++) {
             const long end = lengths[s], begin = window > 0 && end > window ? end - window : 0, at = (s * heads + g * group) * d;

@@ -157,6 +157,10 @@ static void decode_group(const bf16 *q, const bf16 *k, const bf16 *v, long k_row
     for (long h = 0; h < group; h++) tops[h] = -1e30f, sums[h] = 0;
     for (long j = begin; j < end; j += CHUNK) {
         const long keys = end - j < CHUNK ? end - j : CHUNK;
+        for (long r = 0; r < keys; r++) /* rows that lie too far apart for the processor to guess the next */
+            for (long i = 0; i < d; i += 32) _mm_prefetch((const char *)(k + (j + r) * k_row + i), _MM_HINT_T0);
+        for (long r = 0; r < keys; r++)
+            for (long i = 0; i < d; i += 32) _mm_prefetch((const char *)(v + (j + r) * v_row + i), _MM_HINT_T0);
         for (long h = 0; h < group; h++) {
             __m512 high = _mm512_set1_ps(tops[h]), sum = _mm512_setzero_ps();
             for (long r = 0; r < keys; r += 16) {
