@@ -222,12 +222,13 @@ def test_scratch_is_one_buffer() -> None:
     assert scratch.nbytes == 128
 
 
-def test_freed_memory_is_used_again() -> None:
+@pytest.mark.parametrize("size, count", [(1 << 22, 8), (1 << 25, 1)])  # 16 MB each, and one that glibc would map anew
+def test_freed_memory_is_used_again(size: int, count: int) -> None:
     """In a process of its own, as it stays for good: once the heap has settled, no new pages are asked for."""
     script = (
         "import resource, torch\nfrom veneer.ops.scratch import keep_freed_memory\nassert keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "def round():\n    kept = [torch.ones(1 << 22) for _ in range(8)]\n"
+        f"def round():\n    kept = [torch.ones({size}) for _ in range({count})]\n"
         "for _ in range(8):\n    before = faults(); round(); last = faults() - before\nprint(last)"
     )
     if platform.libc_ver()[0] != "glibc":
