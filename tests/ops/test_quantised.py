@@ -229,7 +229,7 @@ def test_freed_memory_is_used_again(size: int, count: int) -> None:
         "import resource, torch\nfrom veneer.ops.scratch import keep_freed_memory\nassert keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         f"def round():\n    kept = [torch.ones({size}) for _ in range({count})]\n"
-        "for _ in range(8):\n    before = faults(); round(); last = faults() - before\nprint(last)"
+        "for _ in range(24):\n    before = faults(); round(); last = faults() - before\nprint(last)"
     )
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")

@@ -23,8 +23,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees, for the next step. True where the C library knows how (glibc).
 
     A training step allocates and frees the same gigabyte again and again. By default glibc gives the end of its heap back to the
-    kernel, and maps what is larger than 32 MB anew each time; the kernel clears every page that is asked for. That took a third of
-    a step with passes of 16,384 tokens on a 135M base. Call it once, early, in a process that trains.
+    kernel, and maps what is larger than 32 MB anew each time; the kernel clears every page that is asked for. That took a third
+    of a step with passes of 16,384 tokens on a 135M base. Call it once, early, in a process that trains.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
