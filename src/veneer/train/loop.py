@@ -149,6 +149,7 @@ def accumulate(run: Run, passes: Sequence[Batch], weight: float) -> Tensor:
         if loss.requires_grad:
             loss.backward()
         total += loss.detach().double()
+        del loss  # what its graph keeps would stay through the next pass
     reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
     if reached:
         torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
