@@ -104,10 +104,8 @@ def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
 
 
 def _is_finite(room: Tensor) -> bool:
-    """Whether every number is one."""
-    if (
-        room.dtype == torch.bfloat16 and room.device.type == "cpu"
-    ):  # a pattern of bits that is quickly seen, block by block
+    """Whether every number is one. In bf16 on the CPU that is a pattern of bits, quickly seen block by block."""
+    if room.dtype == torch.bfloat16 and room.device.type == "cpu":
         blocks = np.array_split(room.view(torch.int16).numpy(), 1 + room.numel() // _BLOCK)
         return not any(bool(((block & 0x7F80) == 0x7F80).any()) for block in blocks)
     return bool(room.sum(dtype=torch.float32).isfinite()) or bool(room.isfinite().all())

@@ -3,7 +3,7 @@
 The surprise: which library multiplies decides half of the time. In fp32 torch asks MKL, which takes a narrower path on CPUs of
 other makers: 2.1x slower where we measured it (AMD, AVX-512), so fp32 goes through oneDNN by hand. In bf16 torch uses oneDNN by
 itself, which copies the weight into a layout of its own at each call: nothing for many rows, half of the time for the few rows of
-a decoding step, so those have a kernel of their own.
+a decoding step and for the dozens of a step with a prompt in it, so those have kernels of their own (`native/few.py`).
 """
 
 from __future__ import annotations
