@@ -60,7 +60,7 @@ class Admission:
         if seq.adapter:
             self._residency.slots.acquire(seq.adapter, now)
         answer.holds = True
-        self._arena.open(seq.id, seq.virtual + seq.prompt)
+        self._arena.open(seq.id, seq.virtual + seq.prompt, seq.most_positions)
         stored = self._stored_prefix(answer)
         if stored is not None:
             donor, tokens = stored
@@ -84,7 +84,8 @@ class Admission:
         answer.holds = False
         seq = answer.seq
         positions = seq.virtual + seq.stored
-        if self._book.end(seq.id, positions, keep=keep and self._identity is not None):
+        room = self._arena.remains(seq.id, positions)
+        if self._book.end(seq.id, room, keep=keep and self._identity is not None):
             self._arena.keep(seq.id, positions)
         else:
             self._arena.close(seq.id)

@@ -1,9 +1,9 @@
-"""Where keys and values live: one buffer per sequence while its prompt is read, a seat among its equals while it decodes.
+"""Where keys and values live: one buffer per sequence, `[layers, 2, positions, kv_heads, head_dim]`.
 
-Buffers are `[layers, 2, positions, kv_heads, head_dim]`, contiguous, so reading a prompt in chunks and copying a
-prefix are plain slices. When a sequence starts to decode it takes a seat in a table of sequences of about its length,
-`[layers, 2, seats, positions, kv_heads, head_dim]`: all of a table attend in one call, with no gathering and little
-padding. Seats are kept without holes; a sequence that outgrows its table moves to the next size.
+Reading a prompt in chunks and copying a prefix are plain slices. Where there is a kernel that finds each row's keys by itself
+(`in_place`), a sequence decodes in its buffer. Elsewhere it takes a seat in a table of sequences of about its length,
+`[layers, 2, seats, positions, kv_heads, head_dim]`, when it starts to decode: all of a table attend in one call, with no
+gathering and little padding. Seats are kept without holes; a sequence that outgrows its table moves to the next size.
 
 The surprise: a seat is not a clean one, new or freed. What lies beyond a sequence's length is masked, but 0 * NaN is NaN, so
 the rest of a seat is zeroed when somebody sits down: no other sequence, broken or not, can be seen.
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from veneer.models.state import Run
 from veneer.ops.attention import attention, attention_over, decode_attention
-from veneer.ops.native.block import Place
+from veneer.ops.native.few import InPlace, Place
 
-_SPARE = 4
+_SPARE = 1 << 26
+"""Bytes of free buffers that are kept: the kernel would clear each page of a new one."""
 
 
 def capacity(positions: int) -> int:
@@ -101,12 +102,14 @@ class _Seated:
 class _Plan:
     """How the rows of a call attend.
 
+    placed  rows that read one token each where their sequences lie
     seated  rows that decode, by table
     alone   other runs, with what their sequences have stored: keys and values go there
     fresh   rows of neighbours among those that see nothing older than themselves, and the lengths of their runs
     """
 
     runs: tuple[Run, ...]
+    placed: InPlace | None
     seated: tuple[_Seated, ...]
     alone: tuple[_Alone, ...]
     fresh: tuple[tuple[slice, list[int]], ...]
@@ -123,11 +126,24 @@ class _Alone:
 
 
 class Arena:
-    """Keys and values of all sequences; the decoder's cache."""
+    """Keys and values of all sequences; the decoder's cache.
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    in_place  sequences decode in their buffers: `few.decodes` said that the kernel can
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        in_place: bool = False,
+    ) -> None:
         self._shape = (layers, 2, kv_heads, head_dim)
         self._dtype, self._device = dtype, device
+        self._in_place = in_place
         self._buffers: dict[int, Tensor] = {}
         self._tables: dict[int, Table] = {}
         self._seat_of: dict[int, Table] = {}
@@ -147,9 +163,13 @@ class Arena:
         tensors += [b for spare in self._spare.values() for b in spare]
         return sum(t.nbytes for t in tensors)
 
-    def open(self, id: int, positions: int) -> None:
-        """A buffer for a new sequence."""
-        self._buffers[id] = self._take(capacity(positions))
+    def open(self, id: int, positions: int, most: int = 0) -> None:
+        """A buffer for a new sequence of `positions` before it decodes.
+
+        `most` is how long it may become: a short answer gets room that it will not outgrow.
+        """
+        roomy = _roomy(positions, most) if self._in_place else positions
+        self._buffers[id] = self._take(capacity(roomy))
 
     def reserve(self, id: int, positions: int) -> None:
         """Make sure that `positions` fit, before a forward that writes up to there."""
@@ -171,21 +191,24 @@ class Arena:
         self._buffers[target][:, :, :positions] = self._view(source)[:, :, :positions]
 
     def seat(self, id: int, stored: int, most: int = 0) -> None:
-        """The sequence decodes from now on: from its buffer to a seat. Sitting down twice is once.
-
-        `most` is how long it may become: a short answer gets a seat that it will not outgrow.
-        """
-        if id in self._seat_of:
+        """The sequence decodes from now on: from its buffer to a seat, where seats are used. Sitting down twice is once."""
+        if self._in_place or id in self._seat_of:
             return
         buffer = self._buffers.pop(id)
-        self._sit(id, buffer[:, :, :stored], max(stored + 1, min(most, 2 * stored + 64)))
+        self._sit(id, buffer[:, :, :stored], max(stored + 1, _roomy(stored, most)))
         self._give(buffer)
 
+    def remains(self, id: int, positions: int) -> int:
+        """Positions that a sequence of so many would take if it were kept: a buffer that is not half empty stays as it is."""
+        held = self._buffers.get(id)
+        return positions if held is None or 2 * held.shape[2] > 3 * positions else held.shape[2]
+
     def keep(self, id: int, positions: int) -> None:
-        """The sequence has ended; what it stored stays, in a buffer of just that size."""
-        contents = self._view(id)[:, :, :positions].clone()
-        self.close(id)
-        self._buffers[id] = contents
+        """The sequence has ended; what it stored stays, in a buffer of the size that `remains` says."""
+        if self.remains(id, positions) == positions:
+            contents = self._view(id)[:, :, :positions].clone()
+            self.close(id)
+            self._buffers[id] = contents
 
     def close(self, id: int) -> None:
         """Free all that `id` holds."""
@@ -223,7 +246,9 @@ class Arena:
             group = plan.seated[0]
             keys, values = _store(group, layer, k, v)
             return decode_attention(q, keys, values, group.lengths, scale=scale, window=window, softcap=softcap)
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if plan.placed is not None:
+            plan.placed.attend(layer, q, k, v, out, scale=scale, window=window)
         for group in plan.seated:
             keys, values = _store(group, layer, k[group.rows], v[group.rows])
             out[group.rows] = decode_attention(
@@ -247,32 +272,39 @@ class Arena:
         """Where each row of runs of one token is kept; None where a run is longer."""
         if any(run.length != 1 for run in runs):
             return None
-        found = (Place * len(runs))()
-        for row, run in enumerate(runs):
-            view = self._view(run.sequence)
-            layer, value, position, *_ = view.stride()
-            found[row] = Place(view.data_ptr(), layer, value, position, run.start)
-        return found
+        return (Place * len(runs))(*(self._place(run) for run in runs))
+
+    def _place(self, run: Run) -> Place:
+        view = self._view(run.sequence)
+        layer, value, position, *_ = view.stride()
+        return Place(view.data_ptr(), layer, value, position, run.start)
 
     def _planned(self, runs: Sequence[Run]) -> _Plan:
         """Which rows attend together: the same for every layer of a pass."""
         if self._plan is not None and self._plan.runs == tuple(runs):
             return self._plan
+        placed: list[tuple[int, Run]] = []
         alone: list[_Alone] = []
         members: dict[int, list[tuple[int, int, Run]]] = {}
         tables: dict[int, Table] = {}
         row = 0
         for run in runs:
             table = self._seat_of.get(run.sequence)
-            if table is None or run.length > 1:
+            if self._in_place and run.length == 1:
+                placed.append((row, run))
+            elif table is None or run.length > 1:
                 alone.append(self._alone(row, run))
             else:
                 tables[id(table)] = table
                 members.setdefault(id(table), []).append((table.ids.index(run.sequence), row, run))
             row += run.length
         seated = tuple(self._group(tables[key], found) for key, found in members.items())
-        self._plan = _Plan(tuple(runs), seated, tuple(alone), tuple(_fresh(alone)))
+        self._plan = _Plan(tuple(runs), self._placed(placed), seated, tuple(alone), tuple(_fresh(alone)))
         return self._plan
+
+    def _placed(self, found: Sequence[tuple[int, Run]]) -> InPlace | None:
+        rows = (ctypes.c_int64 * len(found))(*(row for row, _ in found))
+        return InPlace(rows, (Place * len(found))(*(self._place(run) for _, run in found))) if found else None
 
     def _alone(self, row: int, run: Run) -> _Alone:
         buffer, end = self._view(run.sequence), run.start + run.length
@@ -323,13 +355,18 @@ class Arena:
         if spare:
             return spare.pop()
         layers, two, heads, dim = self._shape
-        return torch.zeros(layers, two, size, heads, dim, dtype=self._dtype, device=self._device)
+        return torch.empty(layers, two, size, heads, dim, dtype=self._dtype, device=self._device)
 
     def _give(self, buffer: Tensor) -> None:
         self._plan = None
-        spare = self._spare.setdefault(buffer.shape[2], [])
-        if len(spare) < _SPARE and buffer.shape[2] == capacity(buffer.shape[2]):
-            spare.append(buffer)
+        held = sum(free.nbytes for spare in self._spare.values() for free in spare)
+        if held + buffer.nbytes <= _SPARE and buffer.shape[2] == capacity(buffer.shape[2]):
+            self._spare.setdefault(buffer.shape[2], []).append(buffer)
+
+
+def _roomy(stored: int, most: int) -> int:
+    """Positions to give a sequence that begins to decode and may come to hold `most`."""
+    return max(stored, min(most, 2 * stored + 64))
 
 
 def _fresh(alone: Sequence[_Alone]) -> Iterator[tuple[slice, list[int]]]:

@@ -115,7 +115,7 @@ class KVBook:
             self._holders.setdefault(keys[index], {})[id] = index
 
     def end(self, id: int, positions: int, *, keep: bool) -> bool:
-        """A sequence has ended with `positions` stored.
+        """A sequence has ended; what it stored takes room for `positions`.
 
         True if its contents are kept for reuse, else they are to be freed.
         """

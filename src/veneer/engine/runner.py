@@ -21,6 +21,7 @@ from veneer.engine.scheduler import Seq, Step
 from veneer.models.bank import EMPTY, Bank, spans_of
 from veneer.models.decoder import Decoder
 from veneer.models.project import spans_at
+from veneer.ops.native.few import decodes
 from veneer.types import Segment
 
 
@@ -52,7 +53,9 @@ class Runner:
         self.decoder = decoder
         self._alone = alone
         config = decoder.config
-        self.arena = Arena(config.layers, config.kv_heads, config.head_dim, decoder.dtype, decoder.device)
+        group, width, softcap = config.heads // config.kv_heads, config.head_dim, config.attention_softcap
+        in_place = decodes(decoder.dtype, decoder.device, group, width, softcap)
+        self.arena = Arena(config.layers, config.kv_heads, width, decoder.dtype, decoder.device, in_place=in_place)
         self._bank: tuple[tuple[Resident, ...], Bank] = ((), EMPTY)
 
     def run(self, step: Step, residents: Mapping[str, Resident], merged: Merged | None = None) -> list[Scores]:

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from veneer.models.bank import Bank
-from veneer.ops.native.block import Place
+from veneer.ops.native.few import Place
 from veneer.types import Span
 
 

@@ -32,13 +32,6 @@ typedef struct {
     int64_t heads, kv, d, half, window, whole, local; /* whole: q and k are normed over all heads together; local: the second angles */
 } Block;
 
-/* Where a row's sequence keeps what it has read: keys at store + layer * layer_step + position * position_step, values value_step
- * further. `at` is the position that the row takes. Steps count elements. */
-typedef struct {
-    bf16 *store;
-    int64_t layer_step, value_step, position_step, at;
-} Place;
-
 /* Of each row, [n][half]. */
 typedef struct {
     const float *cosines, *sines;
@@ -84,24 +77,17 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
     projected(&b->qkv, updates[0], normed, n, ranks, qkv);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {
-        const Place *p = places + r;
-        bf16 *row = qkv + r * wide, *key = p->store + layer * p->layer_step + p->at * p->position_step;
+        bf16 *row = qkv + r * wide, *key = key_of(places + r, layer);
         if (b->qkv.bias) add_row(row, b->qkv.bias, wide);
         norm(row, b->whole ? 1 : b->heads, b->whole ? q : b->d, b->q_norm, b->eps);
         norm(row + q, b->whole ? 1 : b->kv, b->whole ? kv : b->d, b->k_norm, b->eps);
         rotary_row(row, b->heads, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, row);
         rotary_row(row + q, b->kv, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, key);
-        memcpy(key + p->value_step, row + q + kv, (size_t)kv * 2);
+        memcpy(key + places[r].value_step, row + q + kv, (size_t)kv * 2);
     }
 #pragma omp for collapse(2) schedule(static, 1) /* groups of one long sequence go to different threads */
     for (long r = 0; r < n; r++)
-        for (long g = 0; g < b->kv; g++) {
-            const Place *p = places + r;
-            const long end = p->at + 1, begin = b->window > 0 && end > b->window ? end - b->window : 0, first = g * group * b->d;
-            const bf16 *keys = p->store + layer * p->layer_step + g * b->d;
-            decode_group(qkv + r * wide + first, keys, keys + p->value_step, p->position_step, p->position_step, begin, end, group,
-                         b->d, b->scale, heads + r * q + first);
-        }
+        for (long g = 0; g < b->kv; g++) place_group(qkv + r * wide, places + r, layer, g, group, b->d, b->window, b->scale, heads + r * q);
     projected(&b->o, updates[1], heads, n, ranks, a);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.native.build import library
+from veneer.ops.native.few import Place
 from veneer.ops.native.mixed import Jobs
 from veneer.ops.native.rows import SMOOTH
 from veneer.ops.threads import team
@@ -35,12 +36,6 @@ class _Block(ctypes.Structure):
         *((name, c_float) for name in ("eps", "scale", "k", "e")),
         *((name, c_int64) for name in ("heads", "kv", "d", "half", "window", "whole", "local")),
     ]
-
-
-class Place(ctypes.Structure):
-    """Where one row's sequence keeps keys and values, and the position that the row takes; steps count elements."""
-
-    _fields_ = [("store", c_void_p), *((n, c_int64) for n in ("layer_step", "value_step", "position_step", "at"))]
 
 
 @dataclass(frozen=True)

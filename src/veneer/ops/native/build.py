@@ -51,6 +51,7 @@ _SIGNATURES = {
     "some_rows": "plplllpli",
     "few_scores": "plplllpli",
     "decode_attention": "pppllllplllllfpi",
+    "attend_in_place": "ppplllppllllllfpli",
     "few_rows_int8": "plpplllpli",
     "low_rank_rows": "ppllpli",
     "dequantise_int8": "ppllpi",

@@ -31,3 +31,19 @@ void decode_attention(const bf16 *q, const bf16 *k, const bf16 *v, long k_batch,
             decode_group(q + at, k + s * k_batch + g * d, v + s * v_batch + g * d, k_row, v_row, begin, end, group, d, scale, out + at);
         }
 }
+
+/* Row rows[i] of q, k and v reads a token at places[i]: its key and value are stored, then it attends over all of its sequence. The
+ * heads of a row lie side by side. */
+void attend_in_place(const bf16 *q, const bf16 *k, const bf16 *v, long q_row, long k_row, long v_row, const int64_t *rows,
+                     const Place *places, long n, long layer, long heads, long kv, long d, long window, float scale, bf16 *out,
+                     long out_row, int threads) {
+    for (long i = 0; i < n; i++) {
+        bf16 *key = key_of(places + i, layer);
+        memcpy(key, k + rows[i] * k_row, (size_t)(kv * d) * 2);
+        memcpy(key + places[i].value_step, v + rows[i] * v_row, (size_t)(kv * d) * 2);
+    }
+#pragma omp parallel for collapse(2) schedule(static, 1) num_threads(threads)
+    for (long i = 0; i < n; i++)
+        for (long g = 0; g < kv; g++)
+            place_group(q + rows[i] * q_row, places + i, layer, g, heads / kv, d, window, scale, out + rows[i] * out_row);
+}

@@ -199,3 +199,21 @@ static void decode_group(const bf16 *q, const bf16 *k, const bf16 *v, long k_row
             store_bf16(out + h * d + i, _mm512_div_ps(i % 32 ? restored(from, 1) : restored(from, 0), _mm512_set1_ps(sums[h])));
         }
 }
+
+/* Where a row's sequence keeps what it has read: keys at store + layer * layer_step + position * position_step, values value_step
+ * further. `at` is the position that the row takes. Steps count elements. */
+typedef struct {
+    bf16 *store;
+    int64_t layer_step, value_step, position_step, at;
+} Place;
+
+INLINE bf16 *key_of(const Place *p, long layer) {
+    return p->store + layer * p->layer_step + p->at * p->position_step;
+}
+
+/* Group `g` of the heads of the row at `p`, whose key and value are stored; q and out are the row's. */
+INLINE void place_group(const bf16 *q, const Place *p, long layer, long g, long group, long d, long window, float scale, bf16 *out) {
+    const long end = p->at + 1, begin = window > 0 && end > window ? end - window : 0, first = g * group * d;
+    const bf16 *keys = p->store + layer * p->layer_step + g * d;
+    decode_group(q + first, keys, keys + p->value_step, p->position_step, p->position_step, begin, end, group, d, scale, out + first);
+}

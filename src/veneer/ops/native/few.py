@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from veneer.ops.threads import team
 
 FEW = 32
 """Rows up to which our product is the faster one: it is bound by reading the weight, and a library copies that first."""
+
+
+class Place(ctypes.Structure):
+    """Where one row's sequence keeps keys and values, and the position that the row takes; steps count elements."""
+
+    _fields_ = [
+        ("store", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in ("layer_step", "value_step", "position_step", "at")),
+    ]
 
 
 SOME = 384
@@ -97,14 +107,18 @@ def _run_some(x: Tensor, weight: Tensor, y: Tensor) -> bool:
     return bool(done)
 
 
+def decodes(dtype: torch.dtype, device: torch.device, group: int, d: int, softcap: float | None) -> bool:
+    """Whether the kernels attend for one query a sequence: `group` heads of width d to a key head."""
+    covered = dtype == torch.bfloat16 and device.type == "cpu" and softcap is None
+    return covered and d % 16 == 0 and d <= 256 and group <= 16 and library() is not None
+
+
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> Tensor | None:
     """`blocks.decode`. Key stores are read in place: heads side by side, any distance between tokens and sequences."""
     (b, heads, d), kv = q.shape, k.shape[2]
-    kind = q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu" and how.softcap is None
     in_place = all(x.stride(3) == 1 and x.stride(2) == d for x in (k, v))
-    if not kind or not in_place or d % 16 or d > 256 or heads // kv > 16:
-        return None
-    kernels = library()
+    kind = q.dtype == k.dtype == v.dtype and in_place and decodes(q.dtype, q.device, heads // kv, d, how.softcap)
+    kernels = library() if kind else None
     if kernels is None:
         return None
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
@@ -113,3 +127,23 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> 
         (ctypes.c_int64 * b)(*lengths), b, heads, kv, d, how.window or 0, how.scale, out.data_ptr(), team(),
     )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """Rows of a pass that read one token each, and where the sequence of each keeps what it has read."""
+
+    rows: ctypes.Array[ctypes.c_int64]
+    places: ctypes.Array[Place]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, window: int | None) -> None:
+        """Store these rows of k and v `[n, kv, d]`, and set those of out `[n, heads, d]`. Only where `decodes` said so."""
+        kernels = library()
+        assert kernels is not None
+        heads, kv, d = q.shape[1], k.shape[1], q.shape[2]
+        q, k, v = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (q, k, v))
+        assert out.stride() == (heads * d, d, 1)
+        kernels.attend_in_place(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), self.rows, self.places,
+            len(self.rows), layer, heads, kv, d, window or 0, scale, out.data_ptr(), out.stride(0), team(),
+        )  # fmt: skip
