@@ -199,6 +199,7 @@ def test_the_gate_hears_who_waits_while_all_places_are_taken() -> None:
     for number in range(14):
         scheduler.add(Seq(number, "r", 0, [1], 1, 2, "", 0.0))
     assert [s.id for s in scheduler.plan(0.0).entered] == [0, 1, 2]
+    scheduler.foresee(0.0)
     assert room.foreseen == list(range(3, 11)), "the next eight, in their order"
     room.foreseen = []
     for seq in scheduler.running:
@@ -207,4 +208,5 @@ def test_the_gate_hears_who_waits_while_all_places_are_taken() -> None:
     for seq in scheduler.waiting[1:]:
         scheduler.remove(seq)
     scheduler.plan(1.0)
+    scheduler.foresee(1.0)
     assert room.foreseen == [], "nobody waits"

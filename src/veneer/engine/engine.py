@@ -304,7 +304,11 @@ class Engine:
         residents = {key: self.residency.payload(key) for key in {seq.adapter for seq in step.seqs if seq.adapter}}
         merged = bool(self._hot.adapter) and residents.keys() == {self._hot.adapter}
         merged = merged and all(seq.adapter for seq in step.seqs)
+        if not step.prefill:
+            self.scheduler.foresee(self._clock())
         scores = self._runner.run(step, residents, self._hot.merged if merged else None)
+        if step.prefill:  # a pass with prompts is not one call, and a load that runs beside it takes its turns from it
+            self.scheduler.foresee(self._clock())
         for seq in step.seqs:
             self._admission.note(self._answers[seq.id])
         for batch in scores:

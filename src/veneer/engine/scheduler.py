@@ -200,11 +200,14 @@ class Scheduler:
     def plan(self, now: float) -> Step:
         """Let in whoever fits, then say what the next step runs."""
         entered = tuple(self._enter(now))
-        if self._waiting and len(self._running) >= self.limits.streams:
-            self._gate.foresee(tuple(itertools.islice(self._waiting.values(), _FORESEEN)), now)
         decode = tuple(s for s in self._running.values() if s.decoding)
         budget = self.pace.chunk if decode else self.limits.alone
         return Step(decode, tuple(self._prefill(budget, now)), entered)
+
+    def foresee(self, now: float) -> None:
+        """Start to read the adapters of those who wait next, where all streams are taken."""
+        if self._waiting and len(self._running) >= self.limits.streams:
+            self._gate.foresee(tuple(itertools.islice(self._waiting.values(), _FORESEEN)), now)
 
     def _enter(self, now: float) -> Iterator[Seq]:
         adapters = {s.adapter for s in self._running.values() if s.adapter}

@@ -136,8 +136,10 @@ class InPlace:
     rows: ctypes.Array[ctypes.c_int64]
     places: ctypes.Array[Place]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, window: int | None) -> None:
-        """Store these rows of k and v `[n, kv, d]`, and set those of out `[n, heads, d]`. Only where `decodes` said so."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, window: int | None
+    ) -> None:
+        """Store these rows of k and v `[n, kv, d]`; set those of out `[n, heads, d]`. Only where `decodes` said so."""
         kernels = library()
         assert kernels is not None
         heads, kv, d = q.shape[1], k.shape[1], q.shape[2]
