@@ -293,3 +293,21 @@ def test_decode(heads: int, kv: int, d: int, window: int | None) -> None:
     assert found is not None
     exact = blocks.decode(q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, how)
     assert relative(found, exact) < 4e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 64), (8, 1000), (5, 49_152)])
+def test_the_largest_of_each_row(shape: tuple[int, int]) -> None:
+    """As torch has it: the first of equals, a NaN before any number, and rows where nothing is finite."""
+    generator = torch.Generator().manual_seed(shape[1])
+    for spoil in (None, torch.nan, torch.inf, -torch.inf):
+        y = torch.randn(shape, generator=generator).mul(4).round()  # many equals
+        if spoil is not None:
+            y[torch.rand(shape, generator=generator) < 0.1] = spoil
+            y[-1] = spoil
+        found = few.largest(y)
+        assert found is not None
+        values = y.max(dim=1).values
+        same = (y == values[:, None]) | (y.isnan() & values.isnan()[:, None])
+        assert found[0] == same.int().argmax(dim=1).tolist()
+        torch.testing.assert_close(torch.tensor(found[1]), values, atol=0.0, rtol=0.0, equal_nan=True)

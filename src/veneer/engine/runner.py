@@ -100,12 +100,14 @@ class Runner:
             if work.gives_token:
                 rows.append(len(tokens) - 1)
                 ready.append(seq)
-        # A forward with no row to give would have empty products; one row more costs nothing.
-        wanted = torch.tensor(rows or [len(tokens) - 1], dtype=torch.long, device=decoder.device)
+        spans, wanted = spans_of(segments), None
         with torch.inference_mode():
+            if len(rows) < len(tokens):  # with no row to give, products would be empty; one more costs nothing
+                wanted = torch.tensor(rows or [len(tokens) - 1], dtype=torch.long, device=decoder.device)
+                spans = spans_at(spans, wanted)
             ids = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
             hidden = decoder.forward(ids, segments, bank, self.arena, wanted)
-            logits = decoder.scores(hidden, spans_at(spans_of(segments), wanted), bank) if rows else None
+            logits = decoder.scores(hidden, spans, bank) if rows else None
         for work in batch:
             work.seq.stored += work.count
         return None if logits is None else Scores(tuple(ready), logits)

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from veneer.engine.constraint import Matcher
 from veneer.engine.request import Sampling, TokenLogprob
+from veneer.ops.native import few
 
 _SHORTLIST = 512
 
@@ -154,12 +154,11 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
 
 def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
     """Where the largest score of each row is, and whether it is a finite number. A NaN is larger than any number."""
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        best, places = logits.max(dim=1)
-        return places.tolist(), best.isfinite().tolist()
-    scores = logits.numpy()  # ten times faster at this than torch
-    places = scores.argmax(axis=1)
-    return places.tolist(), np.isfinite(scores[np.arange(len(places)), places]).tolist()
+    found = few.largest(logits)
+    if found is not None:
+        return found[0], [math.isfinite(value) for value in found[1]]
+    best, places = logits.max(dim=1)
+    return places.tolist(), best.isfinite().tolist()
 
 
 def _logprob(scores: Tensor, token: int, top: int, spell: Callable[[int], str]) -> TokenLogprob:

@@ -35,16 +35,16 @@ class RopeTable:
 
         LongRoPE and dynamic scaling turn a long sequence by other frequencies than a short one.
         """
-        if all(end <= self._short for _, end in runs):
-            return self._lookup(positions)
+        longest = max((end for _, end in runs), default=0)
+        if longest <= self._short:
+            return self._lookup(positions, longest)
         pieces = [
-            self._lookup(piece) if end <= self._short else self._angles(piece, end)
+            self._lookup(piece, end) if end <= self._short else self._angles(piece, end)
             for piece, (_, end) in zip(positions.split([n for n, _ in runs]), runs, strict=True)
         ]
         return torch.cat([cos for cos, _ in pieces]), torch.cat([sin for _, sin in pieces])
 
-    def _lookup(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        needed = int(positions.max()) + 1 if positions.numel() else 0
+    def _lookup(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         cos, sin = self._table
         if needed > len(cos):
             grown = torch.arange(max(needed, 2 * len(cos), 512), device=self._device)

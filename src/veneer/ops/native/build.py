@@ -53,6 +53,7 @@ _SIGNATURES = {
     "decode_attention": "pppllllplllllfpi",
     "attend_in_place": "ppplllppllllllfpli",
     "few_rows_int8": "plpplllpli",
+    "largest": "pllppi",
     "low_rank_rows": "ppllpli",
     "dequantise_int8": "ppllpi",
     "merge_low_rank": "plpplllpppi",

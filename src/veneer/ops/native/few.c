@@ -47,3 +47,26 @@ void attend_in_place(const bf16 *q, const bf16 *k, const bf16 *v, long q_row, lo
         for (long g = 0; g < kv; g++)
             place_group(q + rows[i] * q_row, places + i, layer, g, heads / kv, d, window, scale, out + rows[i] * out_row);
 }
+
+/* Where the first of the largest numbers of each row of y [n][m] is, and that number; a row with a NaN has it as its largest. */
+void largest(const float *y, long n, long m, int64_t *places, float *values, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < n; r++) {
+        const float *row = y + r * m;
+        __m512 tops[4];
+        __mmask16 unordered = 0;
+        float top = -INFINITY;
+        long j = 0;
+        for (int i = 0; i < 4; i++) tops[i] = _mm512_set1_ps(-INFINITY);
+        for (; j + 64 <= m; j += 64)
+            for (int i = 0; i < 4; i++) {
+                const __m512 v = _mm512_loadu_ps(row + j + 16 * i);
+                unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+                tops[i] = _mm512_max_ps(v, tops[i]); /* of a NaN and a number this is the second */
+            }
+        for (int i = 0; i < 4; i++) top = fmaxf(top, _mm512_reduce_max_ps(tops[i]));
+        for (; j < m; j++) top = row[j] > top ? row[j] : top, unordered |= row[j] != row[j];
+        for (j = 0; unordered ? row[j] == row[j] : row[j] != top;) j++;
+        places[r] = j, values[r] = row[j];
+    }
+}

@@ -73,6 +73,19 @@ def scores(x: Tensor, weight: Tensor) -> Tensor | None:
     return y
 
 
+def largest(y: Tensor) -> tuple[list[int], list[float]] | None:
+    """Where the first of the largest numbers of each row of fp32 `[n, m]` is, and that number. NaN is larger than any."""
+    if y.dtype != torch.float32 or y.device.type != "cpu" or not y.is_contiguous() or 0 in y.shape:
+        return None
+    kernels = library()
+    if kernels is None:
+        return None
+    n, m = y.shape
+    places, values = (ctypes.c_int64 * n)(), (ctypes.c_float * n)()
+    kernels.largest(y.data_ptr(), n, m, places, values, team())
+    return list(places), list(values)
+
+
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
     """y += x weight^T in place; y may be columns of a wider tensor. False: nothing was done."""
     return _fits(x, weight) and y.dtype == x.dtype and y.stride(1) == 1 and _run(x, weight, y, add=True)
