@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,26 +53,35 @@ class Plan:
         return y
 
 
-def plan(packs: Sequence[Pack], spans: Sequence[Span], dtype: torch.dtype) -> Plan | None:
+def plan(packs: Sequence[Pack], spans: tuple[Span, ...], dtype: torch.dtype) -> Plan | None:
     """The plan for these rows, or None where a pack has another dtype or layout than the kernel reads."""
-    used = sorted({span.index for span in spans if span.index >= 0})
+    used, rows = _rows_of(spans)
     ours = [packs[i] for i in used]
-    if any(not pack.dtypes <= {dtype} for pack in ours):
-        return None
-    rows = [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]
+    vectors = False
+    for pack in ours:
+        if not pack.dtypes <= {dtype}:
+            return None
+        vectors = vectors or pack.has_vectors
     runs: list[tuple[int, int, mixed.Factors]] = []
     long: list[tuple[slice, Pack]] = []
     for part, i in rows:
-        pack = ours[i]
+        pack, length = ours[i], part.stop - part.start
         if pack.A is None:
             continue
-        if part.stop - part.start > mixed.RUN:
+        if length > mixed.RUN:
             long.append((part, pack))
-            continue
-        if pack.factors is None:
+        elif pack.factors is None:
             return None
-        runs.append((part.start, part.stop - part.start, pack.factors))
+        else:
+            runs.append((part.start, length, pack.factors))
     jobs = mixed.jobs(runs)
     if runs and jobs is None:
         return None
-    return Plan(jobs, tuple(long), ours, rows, any(pack.has_vectors for pack in ours))
+    return Plan(jobs, tuple(long), ours, rows, vectors)
+
+
+@lru_cache(maxsize=64)
+def _rows_of(spans: tuple[Span, ...]) -> tuple[list[int], Rows]:
+    """The packs that these rows use, and the rows of each by its place among those. Most groups of a step have the same spans."""
+    used = sorted({span.index for span in spans if span.index >= 0})
+    return used, [(slice(span.start, span.stop), used.index(span.index)) for span in spans if span.index >= 0]

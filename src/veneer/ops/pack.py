@@ -20,7 +20,7 @@ from veneer.ops.native import mixed
 from veneer.types import Span
 
 P = TypeVar("P")
-Planner: TypeAlias = Callable[[Sequence["Pack"], Sequence[Span], torch.dtype], P | None]
+Planner: TypeAlias = Callable[[Sequence["Pack"], tuple[Span, ...], torch.dtype], P | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,11 @@ class Pack:
         assert self.A is not None
         ranks = zip(self.B, self.ranks(), self.columns, strict=True)
         return mixed.factors((self.A[first:last], b, start) for b, (first, last), (start, _) in ranks)
+
+    def looked_through(self) -> Pack:
+        """This pack, with what its properties say about it computed now and not in the first step that asks."""
+        _ = self.dtypes, self.has_vectors, self.A is not None and self.factors
+        return self
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.A, self.in_scale, self.out_scale, self.bias, *self.B)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,13 +55,13 @@ class _Layout:
     """The jobs of a mix of rows but for their pointers: the same in every block of a model.
 
     owner, block  the job that each unit of ranks and each block of columns belongs to
-    totals        units, blocks, and elements of scratch
+    rest          where those two lie, then units, blocks, and elements of scratch
     """
 
     records: NDArray[np.int64]
     owner: NDArray[np.int32]
     block: NDArray[np.int32]
-    totals: tuple[int, ...]
+    rest: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +101,21 @@ def factors(pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Factors | None:
 
 def jobs(runs: Sequence[tuple[int, int, Factors]]) -> Jobs | None:
     """First row, rows and factors of each run made ready for the kernel; None without any, or where a run is too long."""
-    if not runs or any(not 1 <= rows <= RUN for _, rows, _ in runs):
+    if not runs:
         return None
     width = runs[0][2].width
-    if any(factors.width != width for *_, factors in runs):
-        return None
-    layout = _layout(tuple((row, rows, factors.shape) for row, rows, factors in runs))
+    for _, rows, factors in runs:
+        if not 1 <= rows <= RUN or factors.width != width:
+            return None
+    layout = _layout(tuple([(row, rows, factors.shape) for row, rows, factors in runs]))
     records = layout.records.copy()
-    records[:, : _BT + 1] = np.concatenate([factors.pointers for *_, factors in runs])
-    pointers = (array.__array_interface__["data"][0] for array in (records, layout.owner, layout.block))
-    return Jobs(_Updates(*pointers, *layout.totals), width, (records, layout, *runs))
+    np.concatenate([factors.pointers for _, _, factors in runs], out=records[:, : _BT + 1])
+    return Jobs(_Updates(_address(records), *layout.rest), width, (records, layout, *runs))
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @lru_cache(maxsize=64)
@@ -126,7 +132,8 @@ def _layout(runs: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...])
         made[:, field] = stops - sizes
         totals.append(int(stops[-1]))
     numbers = np.arange(len(made), dtype=np.int32)
-    return _Layout(made, numbers.repeat(units), numbers.repeat(blocks), tuple(totals))
+    owner, block = numbers.repeat(units), numbers.repeat(blocks)
+    return _Layout(made, owner, block, (_address(owner), _address(block), *totals))
 
 
 def _fits(a: Tensor, b: Tensor, width: int) -> bool:
