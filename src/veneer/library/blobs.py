@@ -167,7 +167,8 @@ class Blobs:
         return True
 
     def link(self, digest: str, target: Path) -> None:
-        """A blob of a local store under another name. Its bytes are not checked: `check` does that, perhaps beside other work."""
+        """A checked blob of a local store under another name."""
+        self.check(digest)
         try:
             os.link(self.blob_path(digest), target)
         except FileNotFoundError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,22 +216,18 @@ class Library:
     def load(self, version: Version | str) -> Adapter:
         """The adapter itself, every byte checked.
 
-        A local library's blobs never change, so the tensors are mapped and not copied; they are hashed meanwhile. A remote one's
-        are downloaded. What hashes to its name was looked through when it was added, digest and all, so that is not done again.
+        A local library's blobs never change, so the tensors are mapped and not copied. A remote one's are downloaded. What hashes
+        to its name was looked through when it was added, digest and all, so that is not done again.
         """
         from veneer.formats import load
 
         found = self._version(version)
         files, blobs = self._adapter_files(found), self._place.blobs
-        with blobs.staging() as folder, ThreadPoolExecutor(1) as pool:
-            place = blobs.link if blobs.is_local else blobs.copy_out
+        place = blobs.link if blobs.is_local else blobs.copy_out
+        with blobs.staging() as folder:
             for path, blob in files:
                 place(blob, folder / path)
-            checked = pool.submit(lambda: [blobs.check(blob) for _, blob in files] if blobs.is_local else [])
-            try:
-                return load(folder, mapped=True, digest=found.digest)
-            finally:
-                checked.result()  # where a blob is damaged, that is the error, whatever the reader found
+            return load(folder, mapped=True, digest=found.digest)
 
     def checkout(self, version: Version | str, out: str | os.PathLike[str]) -> Path:
         """Write the version's adapter folder at `out`, byte for byte as it was added. `out` must not exist."""
