@@ -77,8 +77,9 @@ def command(
     settings = Settings(host=host, port=port, keys=keys is not None, max_tokens=max_tokens, timeout=timeout)
     keyring = Keyring(read_keys(keys)) if keys is not None else Keyring()
 
-    from veneer import Engine, Library, load_base
-    from veneer.engine import Limits
+    from veneer.engine import Engine, Limits
+    from veneer.library import Library
+    from veneer.models.load import load_base
     from veneer.server import logs
     from veneer.server.metrics import Metrics
     from veneer.server.run import serve

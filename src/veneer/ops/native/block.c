@@ -37,12 +37,14 @@ typedef struct {
     const float *cosines, *sines;
 } Angles;
 
-INLINE void share_product(const Product *p, const bf16 *x, long n, bf16 *y) {
+/* `shares` moves on past those that this takes, on every thread alike. */
+INLINE void share_product(const Product *p, const bf16 *x, long n, bf16 *y, Share **shares) {
     long first = 0;
     for (long i = 0; i < p->count; first += p->pieces[i++].out) {
         const Piece *piece = p->pieces + i;
-        if (piece->scale) share_rows(INT8, x, p->in, piece->weight, piece->scale, n, piece->out, p->in, y + first, p->out, SET);
-        else share_rows(BF16, x, p->in, piece->weight, NULL, n, piece->out, p->in, y + first, p->out, SET);
+        if (piece->scale) share_rows(INT8, x, p->in, piece->weight, piece->scale, n, piece->out, p->in, y + first, p->out, SET, *shares);
+        else share_rows(BF16, x, p->in, piece->weight, NULL, n, piece->out, p->in, y + first, p->out, SET, *shares);
+        *shares += omp_get_num_threads();
     }
 }
 
@@ -53,8 +55,8 @@ INLINE void norm(bf16 *x, long count, long d, const float *w, float eps) {
 }
 
 /* y = x W^T + updates, complete when it returns; biases are added by whoever reads a row next. */
-INLINE void projected(const Product *p, const Updates *u, const bf16 *x, long n, bf16 *h, bf16 *y) {
-    share_product(p, x, n, y);
+INLINE void projected(const Product *p, const Updates *u, const bf16 *x, long n, bf16 *h, bf16 *y, Share **shares) {
+    share_product(p, x, n, y, shares);
     if (u) share_shrinks(u, x, p->in, p->in, h);
 #pragma omp barrier
     if (!u) return;
@@ -64,7 +66,7 @@ INLINE void projected(const Product *p, const Updates *u, const bf16 *x, long n,
 
 /* Inside a parallel region: h is replaced by the residual stream after block `b`. updates[0..3] are those of qkv, o, up, down. */
 static void one_block(const Block *b, long layer, const Place *places, const Angles *angles, const Updates *const *updates, bf16 *h,
-                      long n, bf16 *scratch) {
+                      long n, bf16 *scratch, Share **shares) {
     const long hidden = b->qkv.in, wide = b->qkv.out, f = b->down.in, q = b->heads * b->d, kv = b->kv * b->d, group = b->heads / b->kv;
     const float *cosines = angles[b->local].cosines, *sines = angles[b->local].sines;
     bf16 *normed = scratch, *a = normed + n * hidden, *qkv = a + n * hidden, *heads = qkv + n * wide;
@@ -74,7 +76,7 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
         memcpy(normed + r * hidden, h + r * hidden, (size_t)hidden * 2);
         norm(normed + r * hidden, 1, hidden, b->attn_norm, b->eps);
     }
-    projected(&b->qkv, updates[0], normed, n, ranks, qkv);
+    projected(&b->qkv, updates[0], normed, n, ranks, qkv, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {
         bf16 *row = qkv + r * wide, *key = key_of(places + r, layer);
@@ -88,7 +90,7 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
 #pragma omp for collapse(2) schedule(static, 1) /* groups of one long sequence go to different threads */
     for (long r = 0; r < n; r++)
         for (long g = 0; g < b->kv; g++) place_group(qkv + r * wide, places + r, layer, g, group, b->d, b->window, b->scale, heads + r * q);
-    projected(&b->o, updates[1], heads, n, ranks, a);
+    projected(&b->o, updates[1], heads, n, ranks, a, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {
         bf16 *row = a + r * hidden;
@@ -98,13 +100,13 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
         memcpy(normed + r * hidden, row, (size_t)hidden * 2);
         norm(normed + r * hidden, 1, hidden, b->mlp_norm, b->eps);
     }
-    projected(&b->up, updates[2], normed, n, ranks, gate_up);
+    projected(&b->up, updates[2], normed, n, ranks, gate_up, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {
         if (b->up.bias) add_row(gate_up + r * 2 * f, b->up.bias, 2 * f);
         gated_row(gate_up + r * 2 * f, f, b->k, b->e, inner + r * f);
     }
-    projected(&b->down, updates[3], inner, n, ranks, y);
+    projected(&b->down, updates[3], inner, n, ranks, y, shares);
 #pragma omp for schedule(static) nowait /* the next to touch these rows is the same thread */
     for (long r = 0; r < n; r++) {
         if (b->down.bias) add_row(y + r * hidden, b->down.bias, hidden);
@@ -118,24 +120,29 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
  * global and of local layers. At the end h is normed by `final`, fp32, unless that is NULL. Returns 0 without memory. */
 int decode_blocks(const Block *const *blocks, long count, const Place *places, const Angles *angles, const Updates *const *updates, bf16 *h,
                   long n, const float *final, int threads) {
-    long most = 0;
+    long most = 0, loops = 0;
     for (long l = 0; l < count; l++) {
         const Block *b = blocks[l];
+        loops += b->qkv.count + b->o.count + b->up.count + b->down.count;
         long ranks = 0;
         for (int i = 0; i < 4; i++)
             if (updates[4 * l + i] && updates[4 * l + i]->scratch > ranks) ranks = updates[4 * l + i]->scratch;
         const long needed = n * (3 * b->qkv.in + b->qkv.out + b->heads * b->d + 3 * b->down.in) + ranks;
         if (needed > most) most = needed;
     }
-    bf16 *scratch = malloc((size_t)most * sizeof(bf16));
-    if (!scratch) return 0;
+    const size_t sharing = (size_t)(loops * threads) * sizeof(Share), needed = sharing + (size_t)most * sizeof(bf16);
+    char *room = aligned_alloc(64, (needed + 63) / 64 * 64);
+    if (!room) return 0;
+    memset(room, 0, sharing);
+    bf16 *scratch = (bf16 *)(room + sharing);
 #pragma omp parallel num_threads(threads)
     {
-        for (long l = 0; l < count; l++) one_block(blocks[l], l, places, angles, updates + 4 * l, h, n, scratch);
+        Share *shares = (Share *)room;
+        for (long l = 0; l < count; l++) one_block(blocks[l], l, places, angles, updates + 4 * l, h, n, scratch, &shares);
         const long hidden = blocks[0]->qkv.in;
 #pragma omp for schedule(static)
         for (long r = 0; r < n; r++) norm(h + r * hidden, 1, hidden, final, blocks[0]->eps);
     }
-    free(scratch);
+    free(room);
     return 1;
 }

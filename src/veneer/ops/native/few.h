@@ -6,12 +6,14 @@
 #pragma once
 #include <math.h>
 
+#include "share.h"
 #include "tile.h"
 
 #define CHUNK 128
 #define WIDEST 256
 #define HEADS 16 /* queries that share a key */
 #define AHEAD 8192 /* bytes of W asked for before they are needed */
+#define TAKEN 32 /* rows of W that a thread takes at a time */
 
 enum { SET, ADD, WIDE }; /* what becomes of a product: y = bf16, y += bf16, y = fp32 as it was summed */
 enum { INT8 = 1, BF16 = 2 }; /* bytes of a stored weight */
@@ -77,13 +79,14 @@ INLINE void up_to_eight(long n, const int kind, const bf16 *x, long x_row, const
 
 /* Inside a parallel region: y[n][m] = x[n][k] w[m][k]^T, shared out among its threads, with no barrier at the end. */
 INLINE void share_rows(const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long n, long m, long k, void *y,
-                       long y_row, const int how) {
-#pragma omp for schedule(static) nowait
-    for (long r = 0; r < m; r += 2)
-        for (long i = 0; i < n; i += 8) {
-            void *to = how == WIDE ? (void *)((float *)y + i * y_row + r) : (void *)((bf16 *)y + i * y_row + r);
-            up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w + kind * r * k, scale + (kind == INT8 ? r : 0), k, to, y_row, r + 1 < m, how);
-        }
+                       long y_row, const int how, Share *shares) {
+    Turns t = turns(shares, m, TAKEN);
+    for (long from; (from = next_turn(&t)) >= 0;)
+        for (long r = from; r < m && r < from + TAKEN; r += 2)
+            for (long i = 0; i < n; i += 8) {
+                void *to = how == WIDE ? (void *)((float *)y + i * y_row + r) : (void *)((bf16 *)y + i * y_row + r);
+                up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w + kind * r * k, scale + (kind == INT8 ? r : 0), k, to, y_row, r + 1 < m, how);
+            }
 }
 
 /* Lane r is the sum over the lanes of a[r]. */

@@ -6,6 +6,7 @@
  */
 #include <stdlib.h>
 
+#include "share.h"
 #include "tile.h"
 
 #define ACROSS 64 /* rows of x at a time: four registers */
@@ -53,14 +54,16 @@ int some_rows(const bf16 *x, long x_row, const bf16 *w, long n, long m, long k, 
     const long wide = (n + 15) / 16 * 16;
     uint32_t *columns = aligned_alloc(64, (size_t)(wide * k / 2) * sizeof *columns);
     if (!columns) return 0;
+    Share shares[threads];
+    memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (long p = 0; p < k / 2; p += 16)
             for (long i = 0; i < n; i += 16)
                 transpose16((const uint32_t *)(x + i * x_row) + p, x_row / 2, n - i < 16 ? n - i : 16, columns + p * wide + i, wide);
-#pragma omp for schedule(static)
-        for (long r = 0; r < m; r += TALL) {
+        Turns t = turns(shares, m, TALL);
+        for (long r; (r = next_turn(&t)) >= 0;) {
             const long rows = m - r < TALL ? m - r : TALL;
             for (long i = 0; i < n; i += ACROSS)
                 block_of(columns + i, wide, n - i < ACROSS ? n - i : ACROSS, w + r * k, rows, i + ACROSS < n ? 0 : m - r - rows, k, y + i * y_row + r, y_row);
