@@ -99,10 +99,7 @@ def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
         places[key] = flat.view(tensor.shape[1], -1).t() if key in by_rank else flat.view(tensor.shape)
         places[key].copy_(tensor.detach())
     moved = bank.map_tensors(lambda tensor: places[id(tensor)])
-    groups = {
-        name: replace(packed, packs=Packs(pack.looked_through() for pack in packed.packs))
-        for name, packed in moved.groups.items()
-    }
+    groups = {name: replace(packed, packs=Packs(packed.packs)) for name, packed in moved.groups.items()}
     return replace(moved, groups=groups), room
 
 

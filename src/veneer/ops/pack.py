@@ -58,11 +58,6 @@ class Pack:
         ranks = zip(self.B, self.ranks(), self.columns, strict=True)
         return mixed.factors((self.A[first:last], b, start) for b, (first, last), (start, _) in ranks)
 
-    def looked_through(self) -> Pack:
-        """This pack, with what its properties say about it computed now and not in the first step that asks."""
-        _ = self.dtypes, self.has_vectors, self.A is not None and self.factors
-        return self
-
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.A, self.in_scale, self.out_scale, self.bias, *self.B)
 
