@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,8 +158,12 @@ def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
     found = few.largest(logits)
     if found is not None:
         return found[0], [math.isfinite(value) for value in found[1]]
-    best, places = logits.max(dim=1)
-    return places.tolist(), best.isfinite().tolist()
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        best, places = logits.max(dim=1)
+        return places.tolist(), best.isfinite().tolist()
+    scores = logits.numpy()  # ten times faster at this than torch
+    where = scores.argmax(axis=1)
+    return where.tolist(), np.isfinite(scores[np.arange(len(where)), where]).tolist()
 
 
 def _logprob(scores: Tensor, token: int, top: int, spell: Callable[[int], str]) -> TokenLogprob:

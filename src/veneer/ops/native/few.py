@@ -16,15 +16,6 @@ FEW = 32
 """Rows up to which our product is the faster one: it is bound by reading the weight, and a library copies that first."""
 
 
-class Place(ctypes.Structure):
-    """Where one row's sequence keeps keys and values, and the position that the row takes; steps count elements."""
-
-    _fields_ = [
-        ("store", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("layer_step", "value_step", "position_step", "at")),
-    ]
-
-
 SOME = 384
 """Rows up to which another kernel of ours is: it lays out the rows once, where a library does so with the weight."""
 
@@ -140,6 +131,15 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> 
         (ctypes.c_int64 * b)(*lengths), b, heads, kv, d, how.window or 0, how.scale, out.data_ptr(), team(),
     )  # fmt: skip
     return out
+
+
+class Place(ctypes.Structure):
+    """Where one row's sequence keeps keys and values, and the position that the row takes; steps count elements."""
+
+    _fields_ = [
+        ("store", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in ("layer_step", "value_step", "position_step", "at")),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
