@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -130,6 +130,15 @@ class Adapter:
     def shared(self) -> tuple[Part, ...]:
         """Weight parts without a target: tensors that are stored once for all targets (VeRA)."""
         return tuple(p for p in self.parts if p.site == "weight" and p.target is None)
+
+    @cached_property
+    def form(self) -> Hashable:
+        """What it is but for its numbers and where they came from: adapters of one form differ in those alone."""
+        parts = [
+            (p.kind, p.site, p.target, p.host, *((name, t.shape, t.dtype) for name, t in p.tensors.items()))
+            for p in self.parts
+        ]
+        return self.spec.kind, json.dumps(self.spec.model_dump(mode="json"), sort_keys=True), tuple(parts)
 
     @property
     def num_parameters(self) -> int:

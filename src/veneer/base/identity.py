@@ -98,13 +98,15 @@ def same_weights(mine: Sequence[float], theirs: Sequence[float]) -> bool:
     return all(abs(a - b) <= ULP * max(abs(a), abs(b)) for a, b in zip(mine, theirs, strict=True))
 
 
-def compare(adapter: Adapter, base: KnownBase, *, allow: str | None = None) -> Verdict:
+def compare(adapter: Adapter, base: KnownBase, *, allow: str | None = None, fits: bool = False) -> Verdict:
     """How `adapter` and `base` belong together.
 
-    Names and shapes must fit whatever is known otherwise. With `allow` (a reason in words) different weights are accepted and the
-    reason is kept in the verdict; names and shapes that do not fit are refused all the same.
+    Names and shapes must fit whatever is known otherwise (`fits`: those of another adapter of its form were found to). With
+    `allow` (a reason in words) different weights are accepted and the reason is kept in the verdict; names and shapes that do
+    not fit are refused all the same.
     """
-    _fit(adapter, base)
+    if not fits:
+        _fit(adapter, base)
     known = adapter.provenance
     if known.base is not None and known.base == base.identity:
         return Verdict("equal", "made for exactly these weights")

@@ -10,6 +10,7 @@ The surprise: what is compared is the change that the adapter makes, not the log
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ FAR = 0.5
 """Part of its change by which an adapter may differ: a base in 4 bits moves it by a tenth, a wrong scale by more than all."""
 NOISE = 0.5
 """Norm over `TOKENS` logits that rounding may move anyway."""
+KEPT = 8
+_SAID: WeakKeyDictionary[Base, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
 def probed(adapter: Adapter, base: Base) -> Adapter:
@@ -58,7 +61,7 @@ def drift(adapter: Adapter, base: Base, bank: Bank | None = None) -> float | Non
     with torch.no_grad():
         bank = base.bank([lower(adapter, base)]) if bank is None else bank
         tokens = torch.tensor(probe.tokens)
-        now = _scores(base, bank, 0, probe.ids)[tokens] - _scores(base, EMPTY, -1, probe.ids)[tokens]
+        now = _scores(base, bank, 0, probe.ids)[tokens] - _plain(base, probe.ids)[tokens]
     then = torch.tensor(probe.logits) - torch.tensor(probe.base)
     moved = float((now - then).norm())
     return max(0.0, moved - NOISE) / max(float(then.norm()), NOISE)
@@ -90,6 +93,18 @@ def probe_findings(adapter: Adapter, base: Base) -> list[Finding]:
 def _belongs(probe: Probe, base: Base) -> bool:
     """Whether the tokens are any of this base's."""
     return max((*probe.ids, *probe.tokens)) < base.config.vocab
+
+
+def _plain(base: Base, ids: tuple[int, ...]) -> Tensor:
+    """What the base alone says. Adapters were mostly asked about the same text, so the latest few are remembered."""
+    known = _SAID.setdefault(base, {})
+    said = known.get(ids)
+    if said is None:
+        said = _scores(base, EMPTY, -1, ids)
+        if len(known) >= KEPT:
+            known.clear()
+        known[ids] = said
+    return said
 
 
 def _scores(base: Base, bank: Bank, index: int, ids: tuple[int, ...]) -> Tensor:

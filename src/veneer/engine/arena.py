@@ -24,6 +24,9 @@ from veneer.ops.native.few import InPlace, Place
 
 _SPARE = 1 << 26
 """Bytes of free buffers that are kept: the kernel would clear each page of a new one."""
+_GROWN = 1024
+"""Positions up to which a buffer is made as large as its sequence may become: moving all keys and values at once holds up a step,
+and pages that nobody has written to take no memory."""
 
 
 def capacity(positions: int) -> int:
@@ -166,9 +169,9 @@ class Arena:
     def open(self, id: int, positions: int, most: int = 0) -> None:
         """A buffer for a new sequence of `positions` before it decodes.
 
-        `most` is how long it may become: a short answer gets room that it will not outgrow.
+        `most` is how long it may become: all but a long answer gets room that it will not outgrow.
         """
-        roomy = _roomy(positions, most) if self._in_place else positions
+        roomy = max(_roomy(positions, most), min(most, _GROWN)) if self._in_place else positions
         self._buffers[id] = self._take(capacity(roomy))
 
     def reserve(self, id: int, positions: int) -> None:

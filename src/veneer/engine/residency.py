@@ -13,6 +13,7 @@ from veneer.base.identity import compare
 from veneer.diagnose import check_probe
 from veneer.engine.batch import Resident, prepare
 from veneer.engine.loader import Loader
+from veneer.engine.mould import Moulds
 from veneer.engine.slots import Slots, State
 from veneer.engine.source import AdapterSource, Found, Local, Recipe
 from veneer.models.base import Base
@@ -34,6 +35,8 @@ class Residency:
         self.on_loaded: Callable[[], None] | None = None
         self._base, self._source = base, source
         self._loader: Loader[Resident] = Loader()
+        self._moulds = Moulds(base)
+        self._proven: set[str] = set()
 
     def resolve(self, name: str) -> Found:
         """What an adapter name stands for now, or NotFound. Safe on any thread."""
@@ -94,10 +97,17 @@ class Residency:
         self._loader.close()
 
     def _load(self, recipe: Recipe) -> Resident:
+        if len(recipe.parts) == 1 and recipe.parts[0][1] == 1.0:
+            return self._load_one(recipe.parts[0][0])
         parts = [(found.load(), factor) for found, factor in recipe.parts]
         for (adapter, _), (found, _) in zip(parts, recipe.parts, strict=True):
             compare(adapter, self._base, allow=found.allow)
-        resident = prepare(parts, self._base)
-        if len(parts) == 1 and parts[0][1] == 1.0 and recipe.parts[0][0].allow is None:
-            check_probe(parts[0][0], self._base, resident.bank)
+        return prepare(parts, self._base)
+
+    def _load_one(self, found: Found) -> Resident:
+        adapter = found.load()
+        resident = self._moulds.prepared(adapter, allow=found.allow)
+        if found.allow is None and adapter.digest not in self._proven:
+            check_probe(adapter, self._base, resident.bank)
+            self._proven.add(adapter.digest)  # what is read again is the same adapter on the same base
         return resident

@@ -24,14 +24,24 @@ from veneer.adapter import Adapter, Part
 from veneer.errors import FormatError, NotFound, ResourceError, listed
 from veneer.formats import veneer_json
 from veneer.formats.chat_template import with_template
-from veneer.formats.checkpoint import PICKLES, first_non_finite, open_tensors, plain_file, read_json
+from veneer.formats.checkpoint import (
+    COMMON,
+    PICKLES,
+    TensorFile,
+    first_non_finite,
+    open_tensors,
+    plain_file,
+    read_json,
+)
 from veneer.formats.folder import replace_folder
+from veneer.formats.form import Form, Forms, form_of
 from veneer.formats.peft import CONFIG, TENSORS, expressible, from_peft, to_peft
 from veneer.methods import folded
 
 __all__ = ["load", "save"]
 
 OWNED = frozenset({CONFIG, TENSORS, veneer_json.NAME})
+_FORMS = Forms()
 _log = logging.getLogger(__name__)
 
 
@@ -63,33 +73,68 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False, digest: str | No
     if (folder / "adapter" / TENSORS).exists() and not (folder / TENSORS).exists():
         folder = folder / "adapter"
     _refuse_pickles(folder)
-    tensors = _read_tensors(folder, mapped, proved=digest is not None)
-    sidecar = None
+    file, tensors = _read_tensors(folder, mapped, proved=digest is not None)
+    told = None
     if (folder / veneer_json.NAME).exists():
-        sidecar = veneer_json.read(read_json(plain_file(folder, veneer_json.NAME)))
+        told = read_json(plain_file(folder, veneer_json.NAME))
+    shared = None if told is None else veneer_json.shared(told)
+    key = _form_key(folder, file)
+    form = None if key is None else _FORMS.find(key, shared)
+    if form is not None:
+        adapter = _of_form(form, tensors, told, digest)
+    else:
+        adapter = _understood(folder, tensors, told, digest)
+        form = form_of(adapter, tensors, shared)
+        if key is not None and form is not None:
+            _FORMS.keep(key, form)
+    if told is None:
+        _warn(adapter, folder)
+    adapter = with_template(adapter, folder)
+    return adapter if digest is None else adapter.known_as(digest)
+
+
+def _form_key(folder: Path, file: TensorFile) -> tuple[bytes, bytes] | None:
+    """What folders of one form have alike besides the description, or None where it is too much to be remembered."""
+    config = plain_file(folder, CONFIG) if (folder / CONFIG).exists() else None
+    if len(file.header) > COMMON or (config is not None and config.stat().st_size > COMMON):
+        return None
+    return file.header, b"" if config is None else config.read_bytes()
+
+
+def _of_form(form: Form, tensors: dict[str, Tensor], told: dict[str, Any] | None, digest: str | None) -> Adapter:
+    """The adapter of a folder of a form that was understood before."""
+    if told is None:
+        return form.filled(tensors, form.provenance)
+    stamp = veneer_json.read_stamp(told)
+    adapter = form.filled(tensors, stamp.provenance.value())
+    if digest is not None:
+        adapter = adapter.known_as(digest)
+    if problems := veneer_json.differing(adapter, stamp):
+        raise veneer_json.apart(problems)
+    return adapter
+
+
+def _understood(folder: Path, tensors: dict[str, Tensor], told: dict[str, Any] | None, digest: str | None) -> Adapter:
+    """The adapter of a folder of a form that is new."""
+    sidecar = None if told is None else veneer_json.read(told)
     if sidecar is not None and sidecar.layout == "veneer":
-        return _known(
-            with_template(veneer_json.restore(sidecar, _own_layout(sidecar, tensors), digest), folder), digest
-        )
+        return veneer_json.restore(sidecar, _own_layout(sidecar, tensors), digest)
     adapter = from_peft(read_json(plain_file(folder, CONFIG)), tensors, str(folder))
     if sidecar is None:
-        for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
-            _log.warning("%s: the key %s of %s is not known and has no effect", folder, key, CONFIG)
-        if "input_side_only" in adapter.provenance.extra:
-            path = adapter.provenance.extra["input_side_only"]
-            _log.warning(
-                "%s replaces %s: where the head is tied to it, PEFT leaves the head alone, veneer does not",
-                folder,
-                path,
-            )
-        return _known(with_template(adapter, folder), digest)
+        return adapter
     restored = veneer_json.restore(sidecar, adapter.parts, digest)
     _agree(adapter, restored, folder)
-    return _known(with_template(restored, folder), digest)
+    return restored
 
 
-def _known(adapter: Adapter, digest: str | None) -> Adapter:
-    return adapter if digest is None else adapter.known_as(digest)
+def _warn(adapter: Adapter, folder: Path) -> None:
+    for key in adapter.provenance.extra.get("peft_keys_without_effect", ()):
+        _log.warning("%s: the key %s of %s is not known and has no effect", folder, key, CONFIG)
+    if "input_side_only" in adapter.provenance.extra:
+        path = adapter.provenance.extra["input_side_only"]
+        _log.warning(
+            "%s replaces %s: where the head is tied to it, PEFT leaves the head alone, veneer does not", folder, path
+        )
 
 
 def _write(adapter: Adapter, folder: Path) -> None:
@@ -152,16 +197,16 @@ def _agree(files: Adapter, described: Adapter, folder: Path) -> None:
         )
 
 
-def _read_tensors(folder: Path, mapped: bool, *, proved: bool) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, mapped: bool, *, proved: bool) -> tuple[TensorFile, dict[str, Tensor]]:
     file = open_tensors(plain_file(folder, TENSORS))
-    tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.tensors}
-    tensors = _without_pruned(tensors)
+    tensors = file.every()
+    tensors = _without_pruned(tensors if mapped else {name: t.clone() for name, t in tensors.items()})
     problems = _malformed(tensors)
     if not proved and not file.sums_are_finite():
         problems += first_non_finite(tensors)
     if problems:
         raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")
-    return tensors
+    return file, tensors
 
 
 def _malformed(tensors: dict[str, Tensor]) -> list[str]:

@@ -16,10 +16,11 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from veneer.registry import did_you_mean
 
 MAX_HEADER = 64 * 2**20
 MAX_JSON = 32 * 2**20
+COMMON = 2**20
+"""Bytes of a header up to which it is remembered: adapters of one kind have one and the same."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -50,11 +53,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header was checked. Tensors are views of a private mapping that lives as long as they do."""
+    """A safetensors file whose header was checked. Tensors are views of a private mapping that lives as long as they do.
+
+    header  its bytes as they stand in the file: files with one header differ in numbers alone
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    header: bytes = b""
 
     @cached_property
     def _mapping(self) -> mmap.mmap:
@@ -72,22 +79,34 @@ class TensorFile:
         flat = torch.frombuffer(self._mapping, dtype=DTYPES[info.dtype], count=count, offset=info.start)
         return flat.view(info.shape)
 
+    def every(self) -> dict[str, Tensor]:
+        """All tensors by name, in the order of their bytes: several times quicker than one by one."""
+        found: dict[str, Tensor] = {}
+        for dtype, infos, flat in self._runs():
+            for name, info in infos:
+                place = (info.start - infos[0][1].start) // dtype.itemsize
+                found[name] = flat.as_strided(info.shape, _strides(info.shape), place)
+        return found
+
     def sums_are_finite(self) -> bool:
         """Whether each run of tensors of one floating dtype has a finite sum, which proves that every value is finite.
 
         A false answer proves nothing: a sum may overflow, and single bytes have none. Ask each tensor then.
         """
-        ordered = sorted(self.tensors.values(), key=lambda info: info.start)
-        for name, run in itertools.groupby(ordered, key=lambda info: info.dtype):
+        numbers = [flat for dtype, _, flat in self._runs() if dtype.is_floating_point and len(flat)]
+        return all(flat.itemsize > 1 and bool(torch.isfinite(flat.sum())) for flat in numbers)
+
+    def _runs(self) -> Iterator[tuple[torch.dtype, list[tuple[str, TensorInfo]], Tensor]]:
+        """Neighbours of one dtype, and all their numbers in one tensor."""
+        ordered = sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+        for name, run in itertools.groupby(ordered, key=lambda item: item[1].dtype):
             dtype, infos = DTYPES[name], list(run)
-            count = (infos[-1].stop - infos[0].start) // dtype.itemsize
-            if dtype.is_floating_point and count:
-                if dtype.itemsize == 1:
-                    return False
-                flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=infos[0].start)
-                if not bool(torch.isfinite(flat.sum())):
-                    return False
-        return True
+            start, stop = infos[0][1].start, infos[-1][1].stop
+            if start == stop:
+                yield dtype, infos, torch.empty(0, dtype=dtype)
+            else:
+                count = (stop - start) // dtype.itemsize
+                yield dtype, infos, torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=start)
 
 
 @dataclass(frozen=True)
@@ -167,27 +186,35 @@ def open_tensors(path: Path) -> TensorFile:
         if length > MAX_HEADER:
             raise FormatError(f"{path} announces a header of {length} bytes, more than the {MAX_HEADER} that are read")
         raw = file.read(length)
+    understand = _understood if length <= COMMON else _understood.__wrapped__
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
+        tensors, metadata, problems = understand(raw, size)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not JSON: {error}") from error
+    if problems:
+        raise FormatError(f"{path} is damaged:\n{listed(problems)}", help="fetch the file again")
+    return TensorFile(path, tensors, metadata, raw)
+
+
+@lru_cache(maxsize=32)
+def _understood(raw: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], list[str]]:
+    """The tensors and the metadata that a header tells of in a file of `size` bytes, and what is wrong with it."""
+    header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     if not isinstance(header, dict):
-        raise FormatError(f"{path}: the header is not an object")
+        return {}, {}, ["the header is not an object"]
     metadata = header.pop("__metadata__", {})
     problems: list[str] = []
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append("__metadata__ must map names to texts")
+        metadata, problems = {}, ["__metadata__ must map names to texts"]
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        info = _entry(entry, 8 + length)
+        info = _entry(entry, 8 + len(raw))
         if isinstance(info, str):
             problems.append(f"'{name}' {info}")
         else:
             tensors[name] = info
-    problems += _tiling(tensors, 8 + length, size) if not problems else []
-    if problems:
-        raise FormatError(f"{path} is damaged:\n{listed(problems)}", help="fetch the file again")
-    return TensorFile(path, tensors, metadata)
+    problems += _tiling(tensors, 8 + len(raw), size) if not problems else []
+    return MappingProxyType(tensors), MappingProxyType(metadata), problems
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -269,6 +296,11 @@ def _entry(entry: object, data_start: int) -> TensorInfo | str:
     if stop - start != expected:
         return f"spans {stop - start} bytes, but {dtype} {shape} takes {expected}"
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a tensor whose rows follow each other."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def _counts(value: object) -> bool:

@@ -9,8 +9,9 @@ The surprise: the digest is checked at load, so a folder whose parts were edited
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
@@ -20,6 +21,7 @@ from veneer.methods import Method, parse
 from veneer.types import HostKind, Site
 
 NAME = "veneer.json"
+R = TypeVar("R", bound=BaseModel)
 
 
 class PartRecord(BaseModel):
@@ -66,6 +68,19 @@ class ProvenanceRecord(BaseModel):
     probe: ProbeRecord | None = None
     extra: dict[str, Any] = Field(default_factory=dict)
 
+    def value(self) -> Provenance:
+        told = {name: getattr(self, name) for name in ProvenanceRecord.model_fields}
+        return Provenance(**{**told, "probe": None if self.probe is None else Probe(**dict(self.probe))})
+
+
+class Stamp(BaseModel):
+    """The fields that tell an adapter from others of its form (`form.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provenance: ProvenanceRecord
+    digest: str
+
 
 class Sidecar(BaseModel):
     """The whole file. `layout` "peft": the tensors are in PEFT's names; "veneer": PEFT has no name for this method."""
@@ -89,11 +104,6 @@ class Sidecar(BaseModel):
             raise FormatError(
                 f"{NAME} describes a method that this version does not know: {error}", help="update veneer"
             ) from error
-
-    def origin(self) -> Provenance:
-        told = {name: getattr(self.provenance, name) for name in ProvenanceRecord.model_fields}
-        probe = self.provenance.probe
-        return Provenance(**{**told, "probe": None if probe is None else Probe(**dict(probe))})
 
 
 def scales(adapter: Adapter) -> dict[str, float]:
@@ -124,8 +134,22 @@ def render(sidecar: Sidecar) -> str:
 
 def read(fields: dict[str, Any]) -> Sidecar:
     """Check the fields of a `veneer.json`."""
+    return _validated(Sidecar, fields)
+
+
+def read_stamp(fields: dict[str, Any]) -> Stamp:
+    """Check those that tell an adapter from others of its form; the others are known to be right."""
+    return _validated(Stamp, {name: fields[name] for name in Stamp.model_fields if name in fields})
+
+
+def shared(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that all adapters of a form have in common."""
+    return {name: value for name, value in fields.items() if name not in Stamp.model_fields}
+
+
+def _validated(record: type[R], fields: dict[str, Any]) -> R:
     try:
-        return Sidecar.model_validate(fields)
+        return record.model_validate(fields)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise FormatError(
@@ -138,7 +162,7 @@ def restore(sidecar: Sidecar, parts: tuple[Part, ...], digest: str | None = None
 
     digest  the adapter's, where it is known already
     """
-    adapter = Adapter(sidecar.method(), _in_order(sidecar, parts), sidecar.origin())
+    adapter = Adapter(sidecar.method(), _in_order(sidecar, parts), sidecar.provenance.value())
     if digest is not None:
         adapter = adapter.known_as(digest)
     found = scales(adapter)
@@ -147,14 +171,23 @@ def restore(sidecar: Sidecar, parts: tuple[Part, ...], digest: str | None = None
         for target, scale in sidecar.scales.items()
         if found.get(target) != scale
     ]
-    if adapter.digest != sidecar.digest:
-        problems.append("tensors or fields are not those that were saved: the digest differs")
+    problems += differing(adapter, sidecar)
     if problems:
-        raise FormatError(
-            f"the adapter's files do not belong together:\n{listed(problems)}",
-            help=f"if they were changed on purpose, delete {NAME}",
-        )
+        raise apart(problems)
     return adapter
+
+
+def differing(adapter: Adapter, described: Sidecar | Stamp) -> list[str]:
+    """What is wrong where the adapter is not the one that was described."""
+    same = adapter.digest == described.digest
+    return [] if same else ["tensors or fields are not those that were saved: the digest differs"]
+
+
+def apart(problems: Sequence[str]) -> FormatError:
+    return FormatError(
+        f"the adapter's files do not belong together:\n{listed(problems)}",
+        help=f"if they were changed on purpose, delete {NAME}",
+    )
 
 
 def _in_order(sidecar: Sidecar, parts: tuple[Part, ...]) -> tuple[Part, ...]:

@@ -156,7 +156,14 @@ class Blobs:
 
     def check(self, digest: str) -> int:
         """Read a blob to its end and return its size; FormatError where the bytes are not those that were added."""
-        return self._hashed(digest, lambda _: None)
+        if not self.is_local:
+            return self._hashed(digest, lambda _: None)
+        path = Path(self.blob_path(digest))
+        try:
+            found, size = digest_of(path), path.stat().st_size
+        except FileNotFoundError as error:
+            raise _missing(digest, self.root) from error
+        return _proved(digest, found, size)
 
     def is_intact(self, digest: str) -> bool:
         """Whether the blob is there and its bytes are those that were added."""
@@ -172,7 +179,7 @@ class Blobs:
         try:
             os.link(self.blob_path(digest), target)
         except FileNotFoundError as error:
-            raise NotFound(f"blob {digest} is missing from {self.root}", help=_RESTORE) from error
+            raise _missing(digest, self.root) from error
         except OSError:  # another device, or a file system without links
             shutil.copyfile(self.blob_path(digest), target)
 
@@ -191,10 +198,8 @@ class Blobs:
                     sink(chunk)
                     size += len(chunk)
         except FileNotFoundError as error:
-            raise NotFound(f"blob {digest} is missing from {self.root}", help=_RESTORE) from error
-        if hasher.hexdigest() != digest:
-            raise FormatError(f"blob {digest} is damaged: its {size} bytes hash to {hasher.hexdigest()}", help=_RESTORE)
-        return size
+            raise _missing(digest, self.root) from error
+        return _proved(digest, hasher.hexdigest(), size)
 
     # Listing, for gc, verify and rebuild
 
@@ -214,6 +219,17 @@ class Blobs:
 
 
 _RESTORE = "add the adapter again (it gets the same version and heals the blob), or restore the file from a backup"
+
+
+def _missing(digest: str, root: str) -> NotFound:
+    return NotFound(f"blob {digest} is missing from {root}", help=_RESTORE)
+
+
+def _proved(digest: str, found: str, size: int) -> int:
+    """The size, where what was found is what was added."""
+    if found != digest:
+        raise FormatError(f"blob {digest} is damaged: its {size} bytes hash to {found}", help=_RESTORE)
+    return size
 
 
 def digest_of(path: Path) -> str:

@@ -204,6 +204,10 @@ class Method(BaseModel, ABC):
         """This method with the effective scale multiplied by `factor`."""
         raise Unsupported(f"{self.kind} cannot be scaled", help="only methods with a scaled product have a scale")
 
+    def plain_scale(self, part: Part) -> float | None:
+        """The s for which `lower` gives LowRank(A, s B) of the part's own tensors A and B and nothing else, or None."""
+        return None
+
     def frozen(self) -> frozenset[str]:
         """Names of tensors that are stored but not trained."""
         return frozenset()

@@ -104,6 +104,10 @@ class LoRA(LowRankMethod, Factored):
         rank = part.tensors["A"].shape[0]  # a folded start has twice the rank and twice the alpha: the scale stays
         return self.scale(part.target, rank) * part.tensors["bias"]
 
+    def plain_scale(self, part: Part) -> float | None:
+        is_plain = set(part.tensors) == {"A", "B"} and part.host == "linear" and self.invocation is None
+        return self.scale(part.target, part.tensors["A"].shape[0]) if is_plain and part.target is not None else None
+
     def lower(self, part: Part, host: Host) -> tuple[Primitive, ...]:
         bias = self._bias(part)
         return (*super().lower(part, host), *(() if bias is None else (Bias(bias),)))

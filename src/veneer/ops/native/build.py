@@ -55,6 +55,7 @@ _SIGNATURES = {
     "few_rows_int8": "plpplllpli",
     "largest": "pllppi",
     "low_rank_rows": "ppllpli",
+    "cast_all": "pl",
     "dequantise_int8": "ppllpi",
     "merge_low_rank": "plpplllpppi",
     "merge_low_rank_file": "ililpplllpp",

@@ -11,15 +11,6 @@
 
 #define BLOCK_BYTES 262144
 
-/* To the nearest, ties to even. The instruction for it makes zeros of denormal numbers, and a weight that does not change must not. */
-INLINE __m256i nearest(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
-    const __m512i found = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const __mmask16 strange = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(found, strange, high, _mm512_set1_epi32(0x40)));
-}
-
 /* `n` rows from i on, 16 * vectors columns from j on. */
 INLINE void merge_tile(const int n, const int vectors, const bf16 *stored, long row, const float *left, const float *right, long i, long j,
                        long k, long rank, bf16 *value, double *lost, double *weight) {

@@ -49,6 +49,10 @@ class Factors:
     width: int
     tensors: tuple[Tensor, ...]
 
+    def moved(self, distance: int, tensors: tuple[Tensor, ...]) -> Factors:
+        """Those of another adapter of the same form, whose numbers `tensors` hold `distance` bytes further on."""
+        return Factors(self.pointers + distance, self.shape, self.width, tensors)
+
 
 @dataclass(frozen=True, eq=False)
 class _Layout:

@@ -26,6 +26,15 @@ INLINE __m512 load_bf16(const bf16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
+/* To the nearest, ties to even. The instruction for it makes zeros of denormal numbers, and a number that does not change must not. */
+INLINE __m256i nearest(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+    const __m512i found = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 strange = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(found, strange, high, _mm512_set1_epi32(0x40)));
+}
+
 /* Words whose low half is from a and whose high half is from b. */
 INLINE __m512i pair(__m512 a, __m512 b) { return _mm512_or_si512(narrow(a), _mm512_slli_epi32(narrow(b), 16)); }
 
