@@ -34,13 +34,13 @@ folder, file = (os.path.split(sys.argv[1]) if sys.argv[1].endswith(".gguf") else
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16).eval()
 ids = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0]))
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0]), flush=True)
 """
 FIRST_TOKEN = """
 import sys
 import veneer as vn
 engine = vn.Engine(vn.load_base(sys.argv[1], dtype="bfloat16"))
-print(engine.complete([vn.Request("Once upon a time", max_tokens=1)])[0][0].text)
+print(engine.complete([vn.Request("Once upon a time", max_tokens=1)])[0][0].text, flush=True)
 engine.close()
 """
 FIRST_ANSWER = b'{"model": "", "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0, "stream": true}'
@@ -79,10 +79,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def run(python: str, code: str, model: str) -> str:
-    """A process from its start to its end; what it printed."""
-    done = subprocess.run([python, "-c", code, model], check=True, capture_output=True, text=True, timeout=600)
-    return done.stdout.strip()
+def first_line(python: str, code: str, model: str) -> float:
+    """Seconds from the start of a process to the first line that it prints."""
+    start = time.perf_counter()
+    with subprocess.Popen([python, "-c", code, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line, end = process.stdout.readline(), time.perf_counter()
+        _, told = process.communicate(timeout=600)
+    if process.returncode or not line.strip():
+        raise SystemExit(f"{python} ended with {process.returncode}: {told.decode(errors='replace')[-2000:]}")
+    return end - start
 
 
 def served(model: str) -> None:
@@ -131,11 +137,11 @@ def round_of(world: World, number: int, long: int) -> None:
     note("llama-base", ours["base_whole"] / llama["base_n"])
     note("single", ours["single_whole"] / peft["base_1"])
     note("int8", int8["single_whole"] / peft["base_1"])
-    theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.folder))
-    note("start", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.folder)) / theirs)
+    theirs = first_line(world.peer_python, FIRST_TOKEN_PEER, world.folder)
+    note("start", first_line(sys.executable, FIRST_TOKEN, world.folder) / theirs)
     if number < long:
-        theirs = seconds(lambda: run(world.peer_python, FIRST_TOKEN_PEER, world.gguf))
-        note("gguf", seconds(lambda: run(sys.executable, FIRST_TOKEN, world.gguf)) / theirs)
+        theirs = first_line(world.peer_python, FIRST_TOKEN_PEER, world.gguf)
+        note("gguf", first_line(sys.executable, FIRST_TOKEN, world.gguf) / theirs)
         note("serve", seconds(lambda: served(world.gguf)) / theirs)
 
 
@@ -197,11 +203,12 @@ def main() -> None:
     more = [str(word) for pair in tiny.items() for word in pair] if args.tiny else []
 
     began = time.perf_counter()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a package that pip installed has its bytecode beside it
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["VENEER_CACHE"] = f"{scratch}/cache"
         folder = write_folder(Path(scratch) / "folder", "bfloat16")
         world = World(args.peer_python, folder, gguf_file(), more, more[:2])
-        first = seconds(lambda: run(sys.executable, FIRST_TOKEN, folder))
+        first = first_line(sys.executable, FIRST_TOKEN, folder)
         for number in range(args.rounds):
             round_of(world, number, args.long)
             done = {name: round(ratios[-1], 2) for name, ratios in world.found.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -44,3 +46,25 @@ def test_importing_the_folder_does_not_hide_the_function(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="lorra"):
         veneer.lorra  # noqa: B018
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["usual", "a program that froze its objects"])
+def test_the_collector_is_left_as_it_was(frozen: bool) -> None:
+    """In a process of its own, as the collector is one for all of it."""
+    code = f"""
+import gc
+if {frozen}: gc.freeze()
+before = gc.get_freeze_count()
+import veneer as vn
+vn.LoRA
+assert gc.isenabled() and before // 2 <= gc.get_freeze_count() <= before  # some of what was frozen has gone
+class Ring: pass
+import weakref
+ring = Ring(); ring.self = ring; seen = weakref.ref(ring); del ring
+gc.disable()
+vn.Library
+assert not gc.isenabled()
+gc.collect()
+assert seen() is None, "what is garbage by then is still collected"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
