@@ -14,7 +14,6 @@ Random adapters on all linear layers of every block. What is compared within thi
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import random
@@ -34,6 +33,7 @@ import veneer as vn
 from veneer.adapter import Adapter
 from veneer.engine import Engine, Limits, Request
 from veneer.library import Library
+from veneer.server.run import settle_collector
 from veneer.server.shelf import Shelf
 
 PROMPT = 40
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(rows), action="append")
     args = parser.parse_args()
     base = vn.load_base(args.model, dtype=args.dtype, quantize=args.quantize)
-    gc.freeze()  # as `veneer serve` does
+    settle_collector()
     result: dict[str, Any] = {"peer": "veneer"}
     for name in args.only or rows:
         result[name] = rows[name](base, args)

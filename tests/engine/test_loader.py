@@ -44,10 +44,30 @@ def test_a_load_has_a_core_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     gate.set()
     loader.wait(10)
     assert team() == usual
+    loader.finished()
     loader.start("b", lambda: 1 // 0)
     loader.wait(10)
     assert team() == usual, "also after a load that failed"
     loader.close()
+
+
+def test_the_core_is_the_loaders_from_the_call_on_and_given_back_by_loads_that_never_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    loader: Loader[int] = Loader()
+    begun, gate = threading.Event(), threading.Event()
+    loader.start("a", lambda: (begun.set(), gate.wait(10), 1)[-1])
+    assert team() == 3, "also before the worker has come to run"
+    assert begun.wait(10)
+    loader.start("b", lambda: 2)
+    loader.start("c", lambda: 3)
+    assert team() == 3, "one worker takes one core, however many wait for it"
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    gate.set()
+    closing.join(10)
+    assert team() == 4
 
 
 def test_turns_are_short_only_while_something_loads() -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -45,6 +46,7 @@ class Loader(Generic[T]):
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="veneer-load", initializer=_give_way, initargs=(threads,))
         self._running: dict[str, Future[tuple[T, float]]] = {}
+        self._core = _Core()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -52,8 +54,10 @@ class Loader(Generic[T]):
     def start(self, key: str, load: Callable[[], T], then: Callable[[], None] | None = None) -> None:
         """Begin to load `key`; `then` is called on the worker when it is over, whatever the end."""
         assert key not in self._running
-        future = self._pool.submit(_timed, load)
+        self._core.take()
+        future = self._pool.submit(self._timed, load)
         self._running[key] = future
+        future.add_done_callback(lambda ended: self._core.give() if ended.cancelled() else None)
         if then is not None:
             future.add_done_callback(lambda _: then())
 
@@ -70,6 +74,15 @@ class Loader(Generic[T]):
         """Drop what has not begun and wait for the rest."""
         self._pool.shutdown(cancel_futures=True)
 
+    def _timed(self, load: Callable[[], T]) -> tuple[T, float]:
+        start = time.perf_counter()
+        try:
+            with _short_turns:
+                result = load()
+        finally:
+            self._core.give()
+        return result, time.perf_counter() - start
+
     def _result(self, key: str, future: Future[tuple[T, float]]) -> Loaded[T]:
         error = future.exception()
         if error is None:
@@ -81,11 +94,27 @@ class Loader(Generic[T]):
         return Loaded(key, 0.0, None, f"it can't be read: {type(error).__name__}: {error}")
 
 
-def _timed(load: Callable[[], T]) -> tuple[T, float]:
-    start = time.perf_counter()
-    with _short_turns, own_core():
-        result = load()
-    return result, time.perf_counter() - start
+class _Core:
+    """The core that the worker has to itself from the moment that there is something to load until there is nothing.
+
+    A step asks for the number of its threads once, at its begin. If it began with all cores before the worker came to run, the
+    load would stand still for all of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._loads, self._held = threading.Lock(), 0, ExitStack()
+
+    def take(self) -> None:
+        with self._lock:
+            if self._loads == 0:
+                self._held.enter_context(own_core())
+            self._loads += 1
+
+    def give(self) -> None:
+        with self._lock:
+            self._loads -= 1
+            if self._loads == 0:
+                self._held.close()
 
 
 class _ShortTurns:

@@ -22,6 +22,16 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
 
+def settle_collector() -> None:
+    """Keep the garbage collector from standing between two tokens: 80 ms whenever it looks through all there is.
+
+    What exists now stays, so it is not looked at again. Adapters come and go by thousands of objects, none of them in a cycle: at
+    the usual pace all of those in memory would be looked through every dozen loads.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def serve(service: Service) -> None:
     """Listen until SIGINT or SIGTERM."""
     settings = service.settings
@@ -35,6 +45,5 @@ def serve(service: Service) -> None:
         timeout_graceful_shutdown=int(settings.drain) + 5,
         timeout_keep_alive=30,
     )
-    # What exists now stays. Without this the collector walks all of torch's objects now and then: 90 ms between two tokens.
-    gc.freeze()
+    settle_collector()
     _Server(config, service).run()
