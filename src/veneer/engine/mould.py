@@ -68,6 +68,7 @@ class Mould:
     size      elements of an adapter's room, filled by `casts` from the tensors that `sources` names (part, name)
     packings  of every projection group that has a pack
     bank      everything that has no numbers
+    dtype     of the room: the decoder's
     """
 
     size: int
