@@ -1,7 +1,7 @@
 """Names that users type, and what they stand for.
 
-A `Registry` is a dict with a decorator to fill it and an error that suggests. `discover` imports every public module of a
-package once, so that a method, an init or a rule is one file: dropping it in is enough.
+A `Registry` is a dict with a decorator to fill it and an error that suggests; `Latest` is one that forgets. `discover` imports
+every public module of a package once, so that a method, an init or a rule is one file: dropping it in is enough.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
+from threading import Lock
 from typing import Generic, TypeVar
 
 from veneer.errors import ConfigError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -47,6 +49,27 @@ class Registry(dict[str, T], Generic[T]):
 
     def __missing__(self, name: str) -> T:
         raise ConfigError(f"no {self.what} is called '{name}'", help=did_you_mean(name, list(self)))
+
+
+class Latest(dict[K, T], Generic[K, T]):
+    """The entries that were filed last: beyond `most` the oldest goes. Safe on any thread.
+
+    >>> known = Latest[str, int](2)
+    >>> known["a"] = known["b"] = known["c"] = 1
+    >>> list(known)
+    ['b', 'c']
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._lock = most, Lock()
+
+    def __setitem__(self, key: K, entry: T) -> None:
+        with self._lock:
+            self.pop(key, None)
+            super().__setitem__(key, entry)
+            while len(self) > self._most:
+                del self[next(iter(self))]
 
 
 def discover(package: str) -> list[str]:

@@ -68,6 +68,9 @@ def test_the_core_is_the_loaders_from_the_call_on_and_given_back_by_loads_that_n
     gate.set()
     closing.join(10)
     assert team() == 4
+    with pytest.raises(RuntimeError):
+        loader.start("d", lambda: 4)
+    assert team() == 4, "nor for one that was refused"
 
 
 def test_turns_are_short_only_while_something_loads() -> None:

@@ -15,17 +15,19 @@ from tests.laws.world import fresh, method, stirred, world
 from veneer import formats
 from veneer.adapter import Adapter, Provenance
 from veneer.errors import FormatError
-from veneer.formats.form import MOST, Form, Forms
+from veneer.formats.form import MOST, Form
 from veneer.methods import METHODS, folded, load_all
+from veneer.registry import Latest
 
 TENSORS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "veneer.json"
 KINDS = sorted(load_all())
+Known = Latest[tuple[bytes, bytes], Form]
 
 
 @pytest.fixture(autouse=True)
-def forms(monkeypatch: pytest.MonkeyPatch) -> Forms:
+def forms(monkeypatch: pytest.MonkeyPatch) -> Known:
     """No form is known at the beginning of a test."""
-    known = Forms()
+    known = Known(MOST)
     monkeypatch.setattr(formats, "_FORMS", known)
     return known
 
@@ -61,7 +63,7 @@ def test_the_second_of_a_form_is_what_it_is_alone(
         for folder in (one, two):
             (folder / OURS).unlink()
     alone = formats.load(two)
-    monkeypatch.setattr(formats, "_FORMS", Forms())
+    monkeypatch.setattr(formats, "_FORMS", Known(MOST))
     first = formats.load(one)
     for mapped in (False, True):
         same(formats.load(two, mapped=mapped), alone)
@@ -71,7 +73,7 @@ def test_the_second_of_a_form_is_what_it_is_alone(
 def test_a_form_is_understood_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [folder_of("lora", seed, tmp_path / str(seed)) for seed in range(3)]
     asked: list[str] = []
-    known, usual = Forms(), formats.from_peft
+    known, usual = Known(MOST), formats.from_peft
     monkeypatch.setattr(formats, "_FORMS", known)
     monkeypatch.setattr(formats, "from_peft", lambda *a: (asked.append(a[2]), usual(*a))[1])
     for folder in folders:
@@ -159,8 +161,8 @@ def test_a_warning_is_repeated_for_every_folder(tmp_path: Path, caplog: pytest.L
         assert str(folder) in caplog.text and "of_tomorrow" in caplog.text
 
 
-def test_only_so_many_forms_are_kept(forms: Forms) -> None:
+def test_only_so_many_forms_are_kept(forms: Known) -> None:
     adapter = fresh(method("lora"), world())
     for number in range(MOST + 3):
-        forms.keep(number, Form(None, adapter.spec, (), Provenance()))
-    assert forms.find(2, None) is None and forms.find(3, None) is not None
+        forms[bytes([number]), b""] = Form(None, adapter.spec, (), Provenance())
+    assert list(forms) == [(bytes([number]), b"") for number in range(3, MOST + 3)]

@@ -21,6 +21,7 @@ from veneer.errors import FormatError
 from veneer.methods import lower
 from veneer.models.bank import EMPTY, Bank
 from veneer.models.base import Base
+from veneer.registry import Latest
 from veneer.types import Segment, Span
 
 TEXT = "Once upon a time there was a"
@@ -31,7 +32,7 @@ FAR = 0.5
 NOISE = 0.5
 """Norm over `TOKENS` logits that rounding may move anyway."""
 KEPT = 8
-_SAID: WeakKeyDictionary[Base, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
+_SAID: WeakKeyDictionary[Base, Latest[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
 def probed(adapter: Adapter, base: Base) -> Adapter:
@@ -97,13 +98,10 @@ def _belongs(probe: Probe, base: Base) -> bool:
 
 def _plain(base: Base, ids: tuple[int, ...]) -> Tensor:
     """What the base alone says. Adapters were mostly asked about the same text, so the latest few are remembered."""
-    known = _SAID.setdefault(base, {})
+    known = _SAID.setdefault(base, Latest(KEPT))
     said = known.get(ids)
     if said is None:
-        said = _scores(base, EMPTY, -1, ids)
-        if len(known) >= KEPT:
-            known.clear()
-        known[ids] = said
+        said = known[ids] = _scores(base, EMPTY, -1, ids)
     return said
 
 

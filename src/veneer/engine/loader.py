@@ -11,9 +11,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -46,7 +46,8 @@ class Loader(Generic[T]):
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="veneer-load", initializer=_give_way, initargs=(threads,))
         self._running: dict[str, Future[tuple[T, float]]] = {}
-        self._core = _Core()
+        # Held from `start` on: a step asks for its threads at its begin, and one with all cores would keep the load standing.
+        self._core = _Shared(own_core)
 
     def __len__(self) -> int:
         return len(self._running)
@@ -54,10 +55,14 @@ class Loader(Generic[T]):
     def start(self, key: str, load: Callable[[], T], then: Callable[[], None] | None = None) -> None:
         """Begin to load `key`; `then` is called on the worker when it is over, whatever the end."""
         assert key not in self._running
-        self._core.take()
-        future = self._pool.submit(self._timed, load)
+        self._core.begin()
+        try:
+            future = self._pool.submit(self._timed, load)
+        except RuntimeError:  # it is closed
+            self._core.end()
+            raise
         self._running[key] = future
-        future.add_done_callback(lambda ended: self._core.give() if ended.cancelled() else None)
+        future.add_done_callback(lambda ended: self._core.end() if ended.cancelled() else None)
         if then is not None:
             future.add_done_callback(lambda _: then())
 
@@ -76,11 +81,12 @@ class Loader(Generic[T]):
 
     def _timed(self, load: Callable[[], T]) -> tuple[T, float]:
         start = time.perf_counter()
+        _turns.begin()
         try:
-            with _short_turns:
-                result = load()
+            result = load()
         finally:
-            self._core.give()
+            _turns.end()
+            self._core.end()
         return result, time.perf_counter() - start
 
     def _result(self, key: str, future: Future[tuple[T, float]]) -> Loaded[T]:
@@ -94,50 +100,39 @@ class Loader(Generic[T]):
         return Loaded(key, 0.0, None, f"it can't be read: {type(error).__name__}: {error}")
 
 
-class _Core:
-    """The core that the worker has to itself from the moment that there is something to load until there is nothing.
+class _Shared:
+    """A context that several loads share: entered with the first of them, left with the last."""
 
-    A step asks for the number of its threads once, at its begin. If it began with all cores before the worker came to run, the
-    load would stand still for all of it.
-    """
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context, self._held = context, ExitStack()
+        self._lock, self._loads = threading.Lock(), 0
 
-    def __init__(self) -> None:
-        self._lock, self._loads, self._held = threading.Lock(), 0, ExitStack()
-
-    def take(self) -> None:
+    def begin(self) -> None:
         with self._lock:
             if self._loads == 0:
-                self._held.enter_context(own_core())
+                self._held.enter_context(self._context())
             self._loads += 1
 
-    def give(self) -> None:
+    def end(self) -> None:
         with self._lock:
             self._loads -= 1
             if self._loads == 0:
                 self._held.close()
 
 
-class _ShortTurns:
-    """While anything loads, threads take short turns: a load is Python, and so is what is between kernels."""
-
-    def __init__(self) -> None:
-        self._lock, self._loads, self._usual = threading.Lock(), 0, 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._loads == 0:
-                self._usual = sys.getswitchinterval()
-                sys.setswitchinterval(TURN)
-            self._loads += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._loads -= 1
-            if self._loads == 0:
-                sys.setswitchinterval(self._usual)
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Threads take short turns: a load is Python, and so is what is between kernels."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
-_short_turns = _ShortTurns()
+_turns = _Shared(_short_turns)
+"""One for the process: the interval is."""
 
 
 def _give_way(threads: int) -> None:

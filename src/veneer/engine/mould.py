@@ -24,6 +24,7 @@ from veneer.models.base import Base
 from veneer.ops.native.cast import Cast, Casts
 from veneer.ops.native.mixed import Factors
 from veneer.ops.pack import Pack, Packs
+from veneer.registry import Latest
 
 MOST = 64
 """Moulds that are kept."""
@@ -125,7 +126,7 @@ class Moulds:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._known: dict[Hashable, Mould | None] = {}
+        self._known: Latest[Hashable, Mould | None] = Latest(MOST)
 
     def prepared(self, adapter: Adapter, *, allow: str | None) -> Resident:
         """`compare` and `prepare`; one of a form that was prepared before is known to fit."""
@@ -134,11 +135,5 @@ class Moulds:
         resident = None if mould is None else mould.cast(adapter)
         if resident is None:
             resident = prepare([(adapter, 1.0)], self._base)
-            self._keep(adapter, resident)
+            self._known[adapter.form] = mould_of(adapter, resident, self._base)
         return resident
-
-    def _keep(self, adapter: Adapter, resident: Resident) -> None:
-        self._known.pop(adapter.form, None)
-        self._known[adapter.form] = mould_of(adapter, resident, self._base)
-        while len(self._known) > MOST:
-            del self._known[next(iter(self._known))]

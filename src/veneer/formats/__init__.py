@@ -34,14 +34,15 @@ from veneer.formats.checkpoint import (
     read_json,
 )
 from veneer.formats.folder import replace_folder
-from veneer.formats.form import Form, Forms, form_of
+from veneer.formats.form import MOST, Form, form_of
 from veneer.formats.peft import CONFIG, TENSORS, expressible, from_peft, to_peft
 from veneer.methods import folded
+from veneer.registry import Latest
 
 __all__ = ["load", "save"]
 
 OWNED = frozenset({CONFIG, TENSORS, veneer_json.NAME})
-_FORMS = Forms()
+_FORMS: Latest[tuple[bytes, bytes], Form] = Latest(MOST)
 _log = logging.getLogger(__name__)
 
 
@@ -79,14 +80,14 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False, digest: str | No
         told = read_json(plain_file(folder, veneer_json.NAME))
     shared = None if told is None else veneer_json.shared(told)
     key = _form_key(folder, file)
-    form = None if key is None else _FORMS.find(key, shared)
-    if form is not None:
+    form = None if key is None else _FORMS.get(key)
+    if form is not None and form.told == shared:
         adapter = _of_form(form, tensors, told, digest)
     else:
         adapter = _understood(folder, tensors, told, digest)
         form = form_of(adapter, tensors, shared)
         if key is not None and form is not None:
-            _FORMS.keep(key, form)
+            _FORMS[key] = form
     if told is None:
         _warn(adapter, folder)
     adapter = with_template(adapter, folder)

@@ -17,7 +17,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -60,8 +60,8 @@ class TensorFile:
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    header: bytes = b""
+    metadata: Mapping[str, str]
+    header: bytes
 
     @cached_property
     def _mapping(self) -> mmap.mmap:

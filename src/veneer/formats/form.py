@@ -10,9 +10,8 @@ tensors, or a part whose meaning hangs on a value, is understood anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -61,23 +60,3 @@ def form_of(adapter: Adapter, tensors: Mapping[str, Tensor], told: Mapping[str, 
             return None
         places.append((part.kind, part.site, part.target, part.host, own))
     return Form(told, adapter.spec, tuple(places), adapter.provenance)
-
-
-class Forms:
-    """The forms met so far, those met last. Safe on any thread."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Form] = {}
-        self._lock = Lock()
-
-    def find(self, key: Hashable, told: Mapping[str, Any] | None) -> Form | None:
-        with self._lock:
-            form = self._known.get(key)
-        return form if form is not None and form.told == told else None
-
-    def keep(self, key: Hashable, form: Form) -> None:
-        with self._lock:
-            self._known.pop(key, None)
-            self._known[key] = form
-            while len(self._known) > MOST:
-                del self._known[next(iter(self._known))]

@@ -1,4 +1,4 @@
-"""The C form of laying the matrices of a file out anew. None where the plain form has to do it."""
+"""The matrices of a file laid out anew: in C, or by torch where there is no kernel for their types. The bits are the same."""
 
 from __future__ import annotations
 
