@@ -87,9 +87,9 @@ static void one_block(const Block *b, long layer, const Place *places, const Ang
         rotary_row(row + q, b->kv, b->d, b->half, cosines + r * b->half, sines + r * b->half, 1.0f, key);
         memcpy(key + places[r].value_step, row + q + kv, (size_t)kv * 2);
     }
-#pragma omp for collapse(2) schedule(static, 1) /* groups of one long sequence go to different threads */
-    for (long r = 0; r < n; r++)
-        for (long g = 0; g < b->kv; g++) place_group(qkv + r * wide, places + r, layer, g, group, b->d, b->window, b->scale, heads + r * q);
+    share_places(qkv, wide, NULL, places, n, layer, b->kv, group, b->d, b->window, b->scale, heads, q, *shares);
+    *shares += omp_get_num_threads();
+#pragma omp barrier
     projected(&b->o, updates[1], heads, n, ranks, a, shares);
 #pragma omp for schedule(static)
     for (long r = 0; r < n; r++) {
@@ -123,7 +123,7 @@ int decode_blocks(const Block *const *blocks, long count, const Place *places, c
     long most = 0, loops = 0;
     for (long l = 0; l < count; l++) {
         const Block *b = blocks[l];
-        loops += b->qkv.count + b->o.count + b->up.count + b->down.count;
+        loops += b->qkv.count + b->o.count + b->up.count + b->down.count + 1;
         long ranks = 0;
         for (int i = 0; i < 4; i++)
             if (updates[4 * l + i] && updates[4 * l + i]->scratch > ranks) ranks = updates[4 * l + i]->scratch;

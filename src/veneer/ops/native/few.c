@@ -48,10 +48,10 @@ void attend_in_place(const bf16 *q, const bf16 *k, const bf16 *v, long q_row, lo
         memcpy(key, k + rows[i] * k_row, (size_t)(kv * d) * 2);
         memcpy(key + places[i].value_step, v + rows[i] * v_row, (size_t)(kv * d) * 2);
     }
-#pragma omp parallel for collapse(2) schedule(static, 1) num_threads(threads)
-    for (long i = 0; i < n; i++)
-        for (long g = 0; g < kv; g++)
-            place_group(q + rows[i] * q_row, places + i, layer, g, heads / kv, d, window, scale, out + rows[i] * out_row);
+    Share shares[threads];
+    memset(shares, 0, sizeof shares);
+#pragma omp parallel num_threads(threads)
+    share_places(q, q_row, rows, places, n, layer, kv, heads / kv, d, window, scale, out, out_row, shares);
 }
 
 /* Where the first of the largest numbers of each row of y [n][m] is, and that number; a row with a NaN has it as its largest. */

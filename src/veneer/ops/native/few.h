@@ -14,6 +14,7 @@
 #define HEADS 16 /* queries that share a key */
 #define AHEAD 8192 /* bytes of W asked for before they are needed */
 #define TAKEN 32 /* rows of W that a thread takes at a time */
+#define ROOM (1 << 18) /* bytes of keys and values that are brought to the cache at a time */
 
 enum { SET, ADD, WIDE }; /* what becomes of a product: y = bf16, y += bf16, y = fp32 as it was summed */
 enum { INT8 = 1, BF16 = 2 }; /* bytes of a stored weight */
@@ -25,6 +26,21 @@ INLINE __m512i weights(const int kind, const char *row, long j) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Lane r is the sum over the lanes of a[r]. */
+INLINE __m512 sums_of(const __m512 *a) {
+    __m512 two[8], four[4], eight[2];
+    for (int i = 0; i < 8; i++)
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d even = _mm512_castps_pd(two[2 * i]), odd = _mm512_castps_pd(two[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    for (int i = 0; i < 2; i++)
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
 /* Two rows of W against `n` rows of x. y_row counts elements of y; `scale` has a factor for each row of an int8 W. */
@@ -43,24 +59,23 @@ INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, con
             b[i] = dot(b[i], second, v);
         }
     }
-    for (int i = 0; i < n; i++) {
-        float one = _mm512_reduce_add_ps(a[i]), two = _mm512_reduce_add_ps(b[i]);
-        if (kind == INT8) one *= scale[0], two *= scale[both];
-        if (how == WIDE) {
-            float *to = (float *)out + i * y_row;
-            to[0] = one;
-            if (both) to[1] = two;
-            continue;
-        }
-        bf16 narrowed[16] = {0}, *y = (bf16 *)out + i * y_row;
-        __m512 sum = _mm512_mask_blend_ps(1, _mm512_set1_ps(two), _mm512_set1_ps(one));
-        if (how == ADD) {
-            memcpy(narrowed, y, both ? 4 : 2);
-            sum = _mm512_add_ps(sum, load_bf16(narrowed));
-        }
-        store_bf16(narrowed, sum);
-        memcpy(y, narrowed, both ? 4 : 2);
+    __m512 sums[16];
+    for (int i = 0; i < 8; i++) sums[2 * i] = i < n ? a[i] : _mm512_setzero_ps(), sums[2 * i + 1] = i < n ? b[i] : _mm512_setzero_ps();
+    __m512 sum = sums_of(sums);
+    if (kind == INT8) sum = _mm512_mul_ps(sum, _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(scale[0]), _mm512_set1_ps(scale[both])));
+    if (how == WIDE) {
+        float each[16];
+        _mm512_storeu_ps(each, sum);
+        for (int i = 0; i < n; i++) memcpy((float *)out + i * y_row, each + 2 * i, both ? 8 : 4);
+        return;
     }
+    bf16 narrowed[16] = {0}, *y = out;
+    if (how == ADD) {
+        for (int i = 0; i < n; i++) memcpy(narrowed + 2 * i, y + i * y_row, both ? 4 : 2);
+        sum = _mm512_add_ps(sum, load_bf16(narrowed));
+    }
+    store_bf16(narrowed, sum);
+    for (int i = 0; i < n; i++) memcpy(y + i * y_row, narrowed + 2 * i, both ? 4 : 2);
 }
 
 INLINE void up_to_eight(long n, const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long k, void *y,
@@ -87,21 +102,6 @@ INLINE void share_rows(const int kind, const bf16 *x, long x_row, const char *w,
                 void *to = how == WIDE ? (void *)((float *)y + i * y_row + r) : (void *)((bf16 *)y + i * y_row + r);
                 up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w + kind * r * k, scale + (kind == INT8 ? r : 0), k, to, y_row, r + 1 < m, how);
             }
-}
-
-/* Lane r is the sum over the lanes of a[r]. */
-INLINE __m512 sums_of(const __m512 *a) {
-    __m512 two[8], four[4], eight[2];
-    for (int i = 0; i < 8; i++)
-        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        const __m512d even = _mm512_castps_pd(two[2 * i]), odd = _mm512_castps_pd(two[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
-    }
-    for (int i = 0; i < 2; i++)
-        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
-                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
 INLINE __m512i columns(const bf16 *row, long d, long from) {
@@ -160,10 +160,11 @@ static void decode_group(const bf16 *q, const bf16 *k, const bf16 *v, long k_row
     for (long h = 0; h < group; h++) tops[h] = -1e30f, sums[h] = 0;
     for (long j = begin; j < end; j += CHUNK) {
         const long keys = end - j < CHUNK ? end - j : CHUNK;
-        for (long r = 0; r < keys; r++) /* rows that lie too far apart for the processor to guess the next */
-            for (long i = 0; i < d; i += 32) _mm_prefetch((const char *)(k + (j + r) * k_row + i), _MM_HINT_T0);
-        for (long r = 0; r < keys; r++)
-            for (long i = 0; i < d; i += 32) _mm_prefetch((const char *)(v + (j + r) * v_row + i), _MM_HINT_T0);
+        for (long r = j + CHUNK; r < j + 2 * CHUNK && r < end; r++)
+            for (long i = 0; i < d; i += 32) {
+                _mm_prefetch((const char *)(k + r * k_row + i), _MM_HINT_T0);
+                _mm_prefetch((const char *)(v + r * v_row + i), _MM_HINT_T0);
+            }
         for (long h = 0; h < group; h++) {
             __m512 high = _mm512_set1_ps(tops[h]), sum = _mm512_setzero_ps();
             for (long r = 0; r < keys; r += 16) {
@@ -214,9 +215,43 @@ INLINE bf16 *key_of(const Place *p, long layer) {
     return p->store + layer * p->layer_step + p->at * p->position_step;
 }
 
-/* Group `g` of the heads of the row at `p`, whose key and value are stored; q and out are the row's. */
-INLINE void place_group(const bf16 *q, const Place *p, long layer, long g, long group, long d, long window, float scale, bf16 *out) {
-    const long end = p->at + 1, begin = window > 0 && end > window ? end - window : 0, first = g * group * d;
-    const bf16 *keys = p->store + layer * p->layer_step + g * d;
-    decode_group(q + first, keys, keys + p->value_step, p->position_step, p->position_step, begin, end, group, d, scale, out + first);
+/* Reads a word of each line of `count` keys and values: so few instructions that many lines are on their way at a time. */
+INLINE void touch(const int lines, const bf16 *keys, const bf16 *values, long step, long count) {
+    for (; count-- > 0; keys += step, values += step) {
+        for (int i = 0; i < lines; i++) (void)*(const volatile bf16 *)(keys + 32 * i);
+        for (int i = 0; i < lines; i++) (void)*(const volatile bf16 *)(values + 32 * i);
+    }
+}
+
+/* Brings to the cache what a thread's next pairs of a row and a group of its heads attend to, from `pair` on, up to ROOM bytes. Returns the
+ * first pair that is left. It lies in thousands of small pieces, and a processor drops prefetches for which it had to look up the page. */
+INLINE long bring(const Place *places, long layer, long pair, long stop, long kv, long d, long window) {
+    for (long bytes = 0; pair < stop && bytes < ROOM; pair++) {
+        const Place *p = places + pair / kv;
+        const long begin = window > 0 && p->at + 1 > window ? p->at + 1 - window : 0, step = p->position_step, count = p->at + 1 - begin;
+        const bf16 *keys = p->store + layer * p->layer_step + begin * step + pair % kv * d, *values = keys + p->value_step;
+        switch (d) {
+        case 64: touch(2, keys, values, step, count); break;
+        case 128: touch(4, keys, values, step, count); break;
+        default: for (long i = 0; i < d; i += 32) touch(1, keys + i, values + i, step, count);
+        }
+        bytes += count * d * 4;
+    }
+    return pair;
+}
+
+/* Inside a parallel region, with no barrier at the end: what the rows at `places`, whose keys and values are stored, see of their
+ * sequences. Row i of q and out is rows[i], or i where that is NULL. */
+INLINE void share_places(const bf16 *q, long q_row, const int64_t *rows, const Place *places, long n, long layer, long kv, long group, long d,
+                         long window, float scale, bf16 *out, long out_row, Share *shares) {
+    const long pairs = n * kv;
+    Turns t = turns(shares, pairs, 1);
+    for (long pair, brought = 0; (pair = next_turn(&t)) >= 0;) {
+        const long stop = t.helping ? pair + 1 : pairs * (t.self + 1) / t.threads, i = pair / kv, row = rows ? rows[i] : i;
+        const long first = pair % kv * group * d, end = places[i].at + 1, begin = window > 0 && end > window ? end - window : 0;
+        const bf16 *keys = places[i].store + layer * places[i].layer_step + pair % kv * d;
+        if (t.helping || pair >= brought) brought = bring(places, layer, pair, stop, kv, d, window);
+        decode_group(q + row * q_row + first, keys, keys + places[i].value_step, places[i].position_step, places[i].position_step, begin, end,
+                     group, d, scale, out + row * out_row + first);
+    }
 }
