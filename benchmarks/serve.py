@@ -126,8 +126,11 @@ def round_of(world: World, number: int, long: int) -> None:
     peft = world.peer("serve_peft", world.folder)
     llama = world.peer("serve_llamacpp", world.gguf)
     int8 = world.ours("--only", "speeds", "--mixes", "single", "--quantize", "int8")["speeds"]
+    bf12 = world.ours("--only", "speeds", "--mixes", "base,mixed", "--quantize", "bf12")["speeds"]
     plain = world.ours("--only", "speeds", "--mixes", "base,mixed", VENEER_NATIVE="0")["speeds"]
     note("base", ours["base_whole"] / peft["base"])
+    note("bf12", bf12["base_whole"] / peft["base"])
+    note("bf12-mixed", bf12["mixed_whole"] / peft["mixed"])
     note("mixed", ours["mixed_over_base"])
     note("bound", ours["byte_bound"])
     note("plain", plain["mixed_over_base"])
@@ -160,10 +163,12 @@ def rows_of(found: dict[str, list[float]], rest: dict[str, Any]) -> list[Row]:
     bf16, fp32 = rest["bf16"], rest["fp32"]
     return [
         Row("8 streams, base", "transformers generate", found["base"], 3.0),
+        Row("8 streams, base as bf12: the same numbers", "transformers generate", found["bf12"]),
         Row("8 streams, 8 adapters", f"our base (byte bound {bound:.2f})", found["mixed"], 0.70),
         Row("8 streams, 8 adapters, plain torch", "our base in plain torch", found["plain"], 0.62),
         Row("8 streams, the same adapter", "our base", found["same"], 0.85),
         Row("8 streams, 8 adapters", "peft adapter_names", found["peft"], 8.0),
+        Row("8 streams, 8 adapters, base as bf12", "peft adapter_names", found["bf12-mixed"]),
         Row("8 streams, 8 adapters", "llama.cpp (Q4_1)", found["llama"], 3.5),
         Row("8 streams, base in bf16", "llama.cpp (Q4_1), base", found["llama-base"]),
         Row("1 stream, int8 base", "transformers generate", found["int8"], 3.0),

@@ -31,6 +31,7 @@ import torch
 
 import veneer as vn
 from veneer.adapter import Adapter
+from veneer.base.quantized import QuantizedFrozen
 from veneer.engine import Engine, Limits, Request
 from veneer.library import Library
 from veneer.server.run import settle_collector
@@ -70,9 +71,12 @@ class Adapters:
 
 def weight_bytes(base: Any) -> int:
     """Bytes of the base that every step reads."""
-    return sum(
-        g.frozen.in_features * g.frozen.out_features * g.frozen.dtype.itemsize for g in base.decoder.groups.values()
-    )
+    return sum(_bytes(group.frozen) for group in base.decoder.groups.values())
+
+
+def _bytes(frozen: Any) -> int:
+    dense = frozen.in_features * frozen.out_features * frozen.dtype.itemsize
+    return frozen.nbytes if isinstance(frozen, QuantizedFrozen) else dense
 
 
 # -- speeds ------------------------------------------------------------------------------------------------------------

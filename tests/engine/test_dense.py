@@ -1,4 +1,4 @@
-"""Quantised bases in the engine: 4 bits are dequantised once and answer as before, int8 is read as it lies."""
+"""Quantised bases in the engine: 4 bits are dequantised once and answer as before, int8 and bf12 are read as they lie."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.packed import pack, unpack
 from veneer.ops.low_rank import DenseFrozen
+from veneer.ops.native import build, few
 
 MB = 1 << 20
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
 
 
 def quantised(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Base:
@@ -36,7 +38,7 @@ def engine(base: Base) -> Engine:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", sorted(set(load_all()) - {"int8"}))
+@pytest.mark.parametrize("kind", sorted(set(load_all()) - {"int8", "bf12"}))
 def test_four_bits_are_unpacked_once_and_give_the_same_bits(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -69,17 +71,28 @@ def test_adapters_and_merging_work_on_a_dequantised_base() -> None:
     assert list(running.complete([request])[0][0].tokens) == wanted
 
 
-def test_int8_and_dense_bases_are_served_as_they_are() -> None:
-    for base in (small_base(), quantised("int8")):
-        assert servable(base) == (base.decoder, 0)
-    base = quantised("int8")
+@pytest.mark.parametrize("kind", ["int8", pytest.param("bf12", marks=needs_kernels)])
+def test_bases_whose_products_read_the_codes_are_served_as_they_are(kind: str) -> None:
+    base = quantised(kind, torch.bfloat16)
+    assert servable(base) == (base.decoder, 0)
     running = engine(base)
     adapter = lora(base, 1)
     running.add("a", adapter)
     wanted = plain_greedy(base, ids(2, 12), lowered_of(base, adapter), 10)
     assert list(running.complete([Request(ids(2, 12), adapter="a", max_tokens=10)])[0][0].tokens) == wanted
-    with pytest.raises(Unsupported, match="int8"):
+    with pytest.raises(Unsupported, match=kind):
         running.heat("a")
+
+
+def test_a_dense_base_is_served_as_it_is() -> None:
+    base = small_base()
+    assert servable(base) == (base.decoder, 0)
+
+
+def test_bf12_without_kernels_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quantised("bf12", torch.bfloat16)
+    monkeypatch.setattr(few, "library", lambda: None)
+    assert servable(base)[1] > 0
 
 
 def test_without_room_the_refusal_says_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

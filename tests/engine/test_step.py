@@ -137,10 +137,20 @@ def test_other_models_go_the_ordinary_way(name: str, runs: list[int]) -> None:
     assert runs == []
 
 
-def test_an_int8_base_gives_the_same_bits(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    base = quantised("int8", torch.bfloat16, num_attention_heads=2, num_key_value_heads=1)
+@pytest.mark.parametrize("kind", ["int8", "bf12"])
+def test_a_base_of_stored_rows_gives_the_same_bits(kind: str, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quantised(kind, torch.bfloat16, num_attention_heads=2, num_key_value_heads=1)
     assert same(both(base, MIXES["several"], monkeypatch))
     assert len(runs) > 8
+
+
+@pytest.mark.parametrize("mix", ["the base", "several", "beside DoRA"])
+def test_bf12_gives_the_bits_of_bf16(mix: str, runs: list[int]) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    plain = small_base(dtype=torch.bfloat16, hidden_size=64, intermediate_size=64, **heads)
+    packed = quantised("bf12", torch.bfloat16, **heads)
+    assert same((scores(packed, MIXES[mix]), scores(plain, MIXES[mix])))
+    assert bool(runs) == (mix in AS_A_WHOLE)
 
 
 def test_more_rows_than_the_kernel_takes_go_the_ordinary_way(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SMALL: Mapping[str, Any] = {
     "rank": 3, "num_tokens": 4, "tokens": (1, 5, 7), "size": 5, "encoder_size": 6, "alpha": 5.0, "target_rank": 2, "block": 4,
 }  # fmt: skip
 SIZES = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "up_proj": (20, 16), "down_proj": (16, 20)}
-KINDS = ("linear", "biased", "bf16", "conv1d", "embedding", "nf4", "bof4-s", "int8")
+KINDS = ("linear", "biased", "bf16", "conv1d", "embedding", "nf4", "bof4-s", "int8", "bf12")
 
 
 def method(kind: str, **fields: Any) -> Method:

@@ -226,10 +226,10 @@ def test_int8_is_dequantised_to_the_same_bits() -> None:
 def test_product_of_few_rows_and_int8_codes(n: int) -> None:
     x, weight = bf16(n, 160)[:, 32:], torch.randn(33, 128, generator=torch.Generator().manual_seed(1))
     stored = int8.quantise(weight)
-    found = few.product_int8(x, stored.codes, stored.scale)
+    found = few.product_stored(x, stored.rows)
     assert found is not None
     assert relative(found, x.double() @ (stored.codes.double() * stored.scale.double()[:, None]).t()) < 3e-3
-    assert few.product_int8(bf16(33, 128), stored.codes, stored.scale) is None
+    assert few.product_stored(bf16(33, 128), stored.rows) is None
 
 
 @needs_kernels

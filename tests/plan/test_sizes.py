@@ -12,6 +12,7 @@ from veneer.base.quantized import quantize_parts
 from veneer.errors import ConfigError
 from veneer.models.checkpoint import shapes
 from veneer.models.families import FAMILIES, decoder_config, layout
+from veneer.ops.twelve_bit import TwelveBit
 from veneer.plan.bytes import base_bytes, linear_bytes, stored_bytes
 from veneer.plan.sizes import KNOWN, known_base, sizes_of
 
@@ -48,7 +49,8 @@ def test_parameters_are_the_tensors_of_the_checkpoint(family: str, tied: bool) -
 @pytest.mark.parametrize("size", [(64, 64), (130, 66), (1, 1), (300, 512)])
 def test_quantised_bytes_are_the_tensors_that_are_kept(name: str, size: tuple[int, int]) -> None:
     (stored,) = quantize_parts([torch.randn(size)], name)
-    assert stored_bytes(name, *size) == stored.nbytes
+    listed = 10 * len(stored.places) if isinstance(stored, TwelveBit) else 0  # nobody knows before there are weights
+    assert stored_bytes(name, *size) == stored.nbytes - listed
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,16 @@ def test_a_run_goes_on_only_over_the_same_quantisation(base: Base, files: Path, 
         run(quantized, files, tmp_path / "run", resume=True, max_steps=2)
 
 
+def test_training_on_bf12_is_training_on_bf16(files: Path, tmp_path: Path) -> None:
+    found = []
+    for kind in (None, "bf12"):
+        on = load_base(str(files / "base"), dtype="bfloat16", quantize=kind)
+        events = run(on, files, tmp_path / str(kind), max_steps=4)
+        found.append((losses(events), tensors(Adapter.load(tmp_path / str(kind) / "adapter"))))
+    (plain, wanted), (packed, other) = found
+    assert plain == packed and all(map(torch.equal, wanted, other))
+
+
 def test_every_step_of_a_checkpoint_is_in_the_metrics(base: Base, files: Path, tmp_path: Path) -> None:
     for event in running(base, files, tmp_path / "run", eval_every=100, save_every=2):
         if isinstance(event, Saved):

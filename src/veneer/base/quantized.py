@@ -20,7 +20,9 @@ from veneer.base.formats import Storage, load_all
 from veneer.base.host import Host
 from veneer.ops.frozen import product
 from veneer.ops.int8 import Int8Rows
+from veneer.ops.native.few import Rows
 from veneer.ops.scratch import Scratch
+from veneer.ops.twelve_bit import TwelveBit
 from veneer.types import HostKind, HostShape
 
 
@@ -89,9 +91,9 @@ class QuantizedFrozen:
         with self.scratch.borrow((self.out_features, self.in_features), self.dtype) as dense:
             return product(x, self._fill(dense).t())
 
-    def integer_rows(self) -> tuple[tuple[Tensor, Tensor], ...] | None:
-        """Int8 codes and the scale of each row, part under part; None for another format."""
-        found = [(part.codes, part.scale) for part in self.parts if isinstance(part, Int8Rows)]
+    def stored_rows(self) -> tuple[Rows, ...] | None:
+        """The parts under each other; None where some part is not read where it lies."""
+        found = [part.rows for part in self.parts if isinstance(part, (Int8Rows, TwelveBit))]
         return tuple(found) if len(found) == len(self.parts) else None
 
     def apply_transposed(self, dy: Float[Tensor, "n out"]) -> Float[Tensor, "n inp"]:

@@ -35,7 +35,7 @@ def command(
         Literal["assistant", "last", "all"], typer.Option("--train-on", help="What counts.")
     ] = "assistant",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option("--quantize", help="nf4, nf4-dq, int8, ...")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="nf4, nf4-dq, int8, bf12, ...")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the resampling.")] = 0,
     resamples: Annotated[int, typer.Option("--resamples", min=100, help="Draws behind each interval.")] = 1000,
     allow_base_mismatch: Annotated[

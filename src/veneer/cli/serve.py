@@ -41,7 +41,7 @@ def command(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
     quantize: Annotated[
         str | None,
-        typer.Option("--quantize", help="int8: read as it lies. 4-bit formats: dequantised once, at the start."),
+        typer.Option("--quantize", help="bf12 (exact), int8: read as they lie. 4-bit formats: dequantised once."),
     ] = None,
     hot: Annotated[
         str | None, typer.Option("--hot", metavar="NAME", help="An adapter to merge beside the base.")

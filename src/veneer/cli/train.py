@@ -14,7 +14,7 @@ Then:
 Data paths are relative to the run file, `out` to where the command runs. Every key with its default:
 
     base:                       # a catalogue name, a folder, a .gguf file or a hub id
-    quantize: null              # nf4, nf4-dq, bof4-s, int8, ...
+    quantize: null              # nf4, nf4-dq, bof4-s, int8, bf12
     data:
       train:                    # rows to learn: .jsonl, .json, .csv or .parquet
       eval: null                # held-out rows of the same task: the best adapter is chosen by them

@@ -2,7 +2,7 @@
 
 Decoding reads every weight in every step. A 4-bit weight would have to be unpacked each time, which costs more than reading it in
 16 bits, so its projections are dequantised once to the dtype that products are computed in, and the cost is said in bytes. Dense
-bases and int8 (whose products of few rows read the codes where they lie) are served as they are.
+bases, int8 and bf12 (whose products of few rows read the codes where they lie) are served as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def servable(base: Base) -> tuple[Decoder, int]:
     if size > free:
         raise ResourceError(
             f"this {base.quantize} base is served dequantised, which takes {size:,} bytes; {free:,} are free",
-            help="load it with quantize='int8', which is served from its codes",
+            help="load it with quantize='int8' or 'bf12', which are served from their codes",
         )
     dense = {name: _dense(frozen) for name, frozen in packed.items()}
     kind, short = base.quantize or "4-bit", str(decoder.dtype).removeprefix("torch.")

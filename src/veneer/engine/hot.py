@@ -199,7 +199,7 @@ def refuse_packed(decoder: Decoder) -> None:
     """Refuse a base whose projections are not dense."""
     if any(not isinstance(group.frozen, DenseFrozen) for group in decoder.groups.values()):
         raise Unsupported(
-            "an adapter is not merged beside an int8 base: the dense copy would cost more to read than it saves",
+            "an adapter is not merged beside an int8 or bf12 base: the dense copy would cost more to read than it saves",
             help="serve the base in bf16, or leave the adapter as it is",
         )
 

@@ -59,7 +59,7 @@ class Base:
     config     the decoder's shape; `hf_config` is the checkpoint's own config.json
     decoder    the frozen forward pass
     folder     where its converted files are, or None for a base made in memory
-    quantize   format of its projections ("nf4", "int8", ...), or None
+    quantize   format of its projections ("nf4", "int8", "bf12", ...), or None
     source     what `load_base` was given, so that the same base can be loaded again in another format
     """
 

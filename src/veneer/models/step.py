@@ -18,10 +18,10 @@ from veneer.models.config import DecoderConfig
 from veneer.models.group import Group
 from veneer.models.project import packs_of
 from veneer.models.state import Pass
-from veneer.ops.frozen import DenseFrozen, Frozen, IntegerRows
+from veneer.ops.frozen import DenseFrozen, Frozen, StoredRows
 from veneer.ops.mixed import plan
 from veneer.ops.native.block import NORMS, Block, Product, Shape, Stack, block
-from veneer.ops.native.few import FEW
+from veneer.ops.native.few import BF16, FEW, Rows
 from veneer.ops.native.mixed import Jobs
 from veneer.ops.pack import Packs
 from veneer.types import Span
@@ -136,7 +136,7 @@ def _product(group: Group) -> Product | None:
     return None if pieces is None else Product(pieces, group.bias)
 
 
-def _pieces(frozen: Frozen) -> tuple[tuple[Tensor, Tensor | None], ...] | None:
+def _pieces(frozen: Frozen) -> tuple[Rows, ...] | None:
     if isinstance(frozen, DenseFrozen):
-        return ((frozen.weight, None),)
-    return frozen.integer_rows() if isinstance(frozen, IntegerRows) else None
+        return (Rows(BF16, (frozen.out_features, frozen.in_features), frozen.weight),)
+    return frozen.stored_rows() if isinstance(frozen, StoredRows) else None

@@ -39,11 +39,11 @@ class Frozen(Protocol):
 
 
 @runtime_checkable
-class IntegerRows(Protocol):
-    """A frozen product over int8 codes, or one that may be."""
+class StoredRows(Protocol):
+    """A frozen product whose weight is not dense, but may be one that products of few rows read where it lies."""
 
-    def integer_rows(self) -> tuple[tuple[Tensor, Tensor], ...] | None:
-        """Codes `[out_i, in]` and the fp32 scale of each row, part under part; None where the storage is another."""
+    def stored_rows(self) -> tuple[few.Rows, ...] | None:
+        """Its parts `[out_i, in]` under each other; None where some part has to be made dense first."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,11 @@ class Int8Rows:
         return (self.absmax / 127.0).contiguous()
 
     @cached_property
+    def rows(self) -> few.Rows:
+        """As the kernels take it."""
+        return few.Rows(few.INT8, self.shape, self.codes, scale=self.scale)
+
+    @cached_property
     def short_scale(self) -> Tensor:
         """The same in bf16, for torch's product of few rows."""
         return self.scale.bfloat16()
@@ -67,7 +72,7 @@ def few_rows(x: Float[Tensor, "n columns"], stored: Int8Rows) -> Float[Tensor, "
 
     Torch's kernel takes the scale rounded to bf16, as the result is; ours as it is.
     """
-    ours = few.product_int8(x, stored.codes, stored.scale)
+    ours = few.product_stored(x, stored.rows)
     if ours is not None:
         return ours
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) > FEW or x.shape[1] % 32:

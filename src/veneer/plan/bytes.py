@@ -1,6 +1,7 @@
 """Bytes, by formula. Decimal units throughout: 1 GB is 1e9 bytes.
 
-    frozen weights   16-bit 2, fp32 4, NF4 0.5 + 4/64, NF4 + double quantisation 0.5 + 1/64 + 4/(64*256), int8 1 + 4/in
+    frozen weights   16-bit 2, fp32 4, NF4 0.5 + 4/64, NF4 + double quantisation 0.5 + 1/64 + 4/(64*256), int8 1 + 4/in,
+                     bf12 1.5 + 1/in
     one trained number   4 (fp32 master) + 4 (gradient) + 8 (Adam's two moments) = 16 bytes
 
 QLoRA (arXiv 2305.14314) for the quantised weights; Korthikanti et al. (arXiv 2205.05198) for activations of a plain

@@ -77,7 +77,7 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     base: str
-    quantize: str | None = Field(None, description="format of the base's projections: nf4, nf4-dq, int8, ...")
+    quantize: str | None = Field(None, description="format of the base's projections: nf4, nf4-dq, int8, bf12, ...")
     data: DataConfig
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
     train: TrainConfig = TrainConfig()

@@ -13,9 +13,8 @@
 #include "rows.h"
 
 typedef struct {
-    const char *weight;
-    const float *scale; /* of each row of int8 codes; NULL where the weight is bf16 */
-    int64_t out;
+    Weight weight;
+    int64_t kind, out;
 } Piece;
 
 /* Pieces under each other share one input. The bias is NULL or `out` long. */
@@ -42,8 +41,12 @@ INLINE void share_product(const Product *p, const bf16 *x, long n, bf16 *y, Shar
     long first = 0;
     for (long i = 0; i < p->count; first += p->pieces[i++].out) {
         const Piece *piece = p->pieces + i;
-        if (piece->scale) share_rows(INT8, x, p->in, piece->weight, piece->scale, n, piece->out, p->in, y + first, p->out, SET, *shares);
-        else share_rows(BF16, x, p->in, piece->weight, NULL, n, piece->out, p->in, y + first, p->out, SET, *shares);
+        bf16 *to = y + first;
+        switch (piece->kind) {
+        case TWELVE: share_rows(TWELVE, x, p->in, &piece->weight, n, piece->out, p->in, to, p->out, SET, *shares); break;
+        case INT8: share_rows(INT8, x, p->in, &piece->weight, n, piece->out, p->in, to, p->out, SET, *shares); break;
+        default: share_rows(BF16, x, p->in, &piece->weight, n, piece->out, p->in, to, p->out, SET, *shares);
+        }
         *shares += omp_get_num_threads();
     }
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.native.build import library
-from veneer.ops.native.few import Place
+from veneer.ops.native.few import Place, Rows, Weight
 from veneer.ops.native.mixed import Jobs
 from veneer.ops.native.rows import SMOOTH
 from veneer.ops.threads import team
@@ -22,7 +22,7 @@ NORMS = ("attn_norm", "mlp_norm", "post_attn_norm", "post_mlp_norm", "q_norm", "
 
 
 class _Piece(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("out", c_int64)]
+    _fields_ = [("weight", Weight), ("kind", c_int64), ("out", c_int64)]
 
 
 class _Product(ctypes.Structure):
@@ -42,27 +42,22 @@ class _Block(ctypes.Structure):
 class Product:
     """A frozen product as the kernel reads it.
 
-    pieces  weights `[out_i, in]` under each other: bf16, or int8 codes with the scale of each row, fp32
+    pieces  weights `[out_i, in]` under each other
     bias    `[out]`, bf16, or None
     """
 
-    pieces: tuple[tuple[Tensor, Tensor | None], ...]
+    pieces: tuple[Rows, ...]
     bias: Tensor | None
 
     @property
     def shape(self) -> tuple[int, int]:
         """out, in."""
-        return sum(weight.shape[0] for weight, _ in self.pieces), self.pieces[0][0].shape[1]
+        return sum(piece.shape[0] for piece in self.pieces), self.pieces[0].shape[1]
 
     def fits(self) -> bool:
-        wide = self.shape[1]
         if self.bias is not None and (self.bias.dtype != torch.bfloat16 or not self.bias.is_contiguous()):
             return False
-        for weight, scale in self.pieces:
-            kind = torch.bfloat16 if scale is None else torch.int8
-            if weight.dtype != kind or not weight.is_contiguous() or weight.device.type != "cpu" or wide % 32:
-                return False
-        return self.shape[0] % 16 == 0
+        return all(piece.fits() for piece in self.pieces) and self.shape[0] % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -153,9 +148,6 @@ def block(products: Sequence[Product], norms: Sequence[Tensor | None], shape: Sh
 
 def _product(product: Product) -> _Product:
     out, wide = product.shape
-    pieces = [
-        _Piece(weight.data_ptr(), None if scale is None else scale.data_ptr(), weight.shape[0])
-        for weight, scale in product.pieces
-    ]
+    pieces = [_Piece(piece.structure, piece.kind, piece.shape[0]) for piece in product.pieces]
     bias = None if product.bias is None else product.bias.data_ptr()
     return _Product((_Piece * len(pieces))(*pieces), bias, len(pieces), wide, out)

@@ -3,27 +3,36 @@
 
 /* y[n][m] = x[n][k] w[m][k]^T, or += with `add`; k is a multiple of 32. */
 void few_rows(const bf16 *x, long x_row, const char *w, long n, long m, long k, bf16 *y, long y_row, int add, int threads) {
+    const Weight weight = {w, NULL, NULL, NULL, NULL, NULL};
     Share shares[threads];
     memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
-    if (add) share_rows(BF16, x, x_row, w, NULL, n, m, k, y, y_row, ADD, shares);
-    else share_rows(BF16, x, x_row, w, NULL, n, m, k, y, y_row, SET, shares);
+    if (add) share_rows(BF16, x, x_row, &weight, n, m, k, y, y_row, ADD, shares);
+    else share_rows(BF16, x, x_row, &weight, n, m, k, y, y_row, SET, shares);
 }
 
-/* The same for weights of one byte and a scale a row. */
-void few_rows_int8(const bf16 *x, long x_row, const char *w, const float *scale, long n, long m, long k, bf16 *y, long y_row, int threads) {
+/* The same for weights that are not stored as bf16; of TWELVE k is a multiple of 64. */
+void few_stored_rows(const bf16 *x, long x_row, const Weight *w, int kind, long n, long m, long k, bf16 *y, long y_row, int threads) {
     Share shares[threads];
     memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
-    share_rows(INT8, x, x_row, w, scale, n, m, k, y, y_row, SET, shares);
+    if (kind == TWELVE) share_rows(TWELVE, x, x_row, w, n, m, k, y, y_row, SET, shares);
+    else share_rows(INT8, x, x_row, w, n, m, k, y, y_row, SET, shares);
 }
 
-/* The same product with its sums unrounded: scores over a vocabulary, where two of them may differ by less than bf16 can say. */
+/* TWELVE as bf16 [m][k]. */
+void plain_rows(const Weight *w, long m, long k, bf16 *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < m; r++) plain_row(w, r, k, out + r * k);
+}
+
+/* The product with its sums unrounded: scores over a vocabulary, where two of them may differ by less than bf16 can say. */
 void few_scores(const bf16 *x, long x_row, const char *w, long n, long m, long k, float *y, long y_row, int threads) {
+    const Weight weight = {w, NULL, NULL, NULL, NULL, NULL};
     Share shares[threads];
     memset(shares, 0, sizeof shares);
 #pragma omp parallel num_threads(threads)
-    share_rows(BF16, x, x_row, w, NULL, n, m, k, y, y_row, WIDE, shares);
+    share_rows(BF16, x, x_row, &weight, n, m, k, y, y_row, WIDE, shares);
 }
 
 /* One query for each of b sequences; sequence s has lengths[s] keys at k + s * k_batch. q and out are contiguous [b][heads][d]. */

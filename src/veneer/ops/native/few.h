@@ -17,15 +17,80 @@
 #define ROOM (1 << 18) /* bytes of keys and values that are brought to the cache at a time */
 
 enum { SET, ADD, WIDE }; /* what becomes of a product: y = bf16, y += bf16, y = fp32 as it was summed */
-enum { INT8 = 1, BF16 = 2 }; /* bytes of a stored weight */
+enum { BF16 = 64, TWELVE = 48, INT8 = 32 }; /* how weights are stored, and the bytes of 32 of them */
 
-/* 32 weights of a row from column j on; every int8 is a bf16. */
-INLINE __m512i weights(const int kind, const char *row, long j) {
-    if (kind == BF16) return _mm512_loadu_si512(row + 2 * j);
-    const __m256i codes = _mm256_loadu_si256((const __m256i *)(row + j));
+/* Rows of weights where they lie.
+ *   INT8    one byte a weight, times `scale` of the row
+ *   TWELVE  a bf16 weight is its low byte, and four bits for its high one: the sign, and which of eight it is that `high` of the row counts.
+ *           A block of 64 weights is 32 bytes of fours, then 64 low bytes: those of weights 8i to 8i + 7 and 32 + 8i to 39 + 8i lie together,
+ *           as they have to for two registers to come out in order. What has none of the eight is listed: row r has values[first[r]] to
+ *           values[first[r + 1]] at `places`, which count the weights of the whole matrix. */
+typedef struct {
+    const char *rows;
+    const float *scale;
+    const uint8_t *high;
+    const int64_t *first, *places;
+    const bf16 *values;
+} Weight;
+
+/* The high bytes that sixteen fours stand for: sign, and `high` + 0 to 7; where its top bit is set 0 stands for zero. */
+INLINE __m512i high_bytes(uint8_t high) {
+    const __m128i one_of_eight = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7), sign = _mm_set_epi64x((int64_t)0x8080808080808080, 0);
+    const __m128i exponent = _mm_maskz_add_epi8(high & 0x80 ? 0xfefe : 0xffff, one_of_eight, _mm_set1_epi8((char)(high & 0x7f)));
+    return _mm512_broadcast_i32x4(_mm_or_si128(exponent, sign));
+}
+
+typedef struct {
+    __m512i half[2];
+} Weights;
+
+/* 64 weights of TWELVE, else the 32 at `p` as the first half. Every int8 is a bf16. */
+INLINE Weights weights(const int kind, const char *p, __m512i table) {
+    if (kind == BF16) return (Weights){{_mm512_loadu_si512(p)}};
+    if (kind == TWELVE) {
+        const __m512i fours = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)), low = _mm512_loadu_si512(p + 32);
+        const __m512i apart = _mm512_and_si512(_mm512_or_si512(fours, _mm512_slli_epi16(fours, 4)), _mm512_set1_epi8(15));
+        const __m512i high = _mm512_shuffle_epi8(table, apart);
+        return (Weights){{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+    }
+    const __m256i codes = _mm256_loadu_si256((const __m256i *)p);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return (Weights){{(__m512i)_mm512_cvtne2ps_pbh(high, low)}};
+}
+
+/* A way through the listed weights of row r: `column` is where the next of them is, beyond the row when there is none. */
+typedef struct {
+    const Weight *w;
+    int64_t i, start, end, column;
+} Rare;
+
+INLINE int64_t next_rare(const Rare *rare) { return rare->i < rare->end ? rare->w->places[rare->i] - rare->start : INT64_MAX - 64; }
+
+INLINE Rare rare_of(const int kind, const Weight *w, long r, long k) {
+    Rare rare = {w, 0, r * k, 0, INT64_MAX - 64};
+    if (kind == TWELVE) rare.i = w->first[r], rare.end = w->first[r + 1], rare.column = next_rare(&rare);
+    return rare;
+}
+
+/* The 64 weights from column j on with those that are listed. */
+static __attribute__((noinline)) Weights completed(Weights found, Rare *rare, long j) {
+    bf16 plain[64];
+    memcpy(plain, &found, sizeof plain);
+    for (; rare->column < j + 64; rare->i++, rare->column = next_rare(rare)) plain[rare->column - j] = rare->w->values[rare->i];
+    memcpy(&found, plain, sizeof plain);
+    return found;
+}
+
+/* Row r of TWELVE as it was; k is a multiple of 64. */
+INLINE void plain_row(const Weight *w, long r, long k, bf16 *to) {
+    const __m512i table = high_bytes(w->high[r]);
+    const char *p = w->rows + r * (k / 32 * TWELVE);
+    for (long j = 0; j < k; j += 64, p += 2 * TWELVE) {
+        const Weights found = weights(TWELVE, p, table);
+        memcpy(to + j, &found, sizeof found);
+    }
+    for (int64_t i = w->first[r]; i < w->first[r + 1]; i++) to[w->places[i] - r * k] = w->values[i];
 }
 
 /* Lane r is the sum over the lanes of a[r]. */
@@ -43,26 +108,42 @@ INLINE __m512 sums_of(const __m512 *a) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
-/* Two rows of W against `n` rows of x. y_row counts elements of y; `scale` has a factor for each row of an int8 W. */
-INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long k, void *out,
-                     long y_row, int both, const int how) {
-    __m512 a[8], b[8];
-    const char *next = w + (both ? kind * k : 0);
-    for (int i = 0; i < n; i++) a[i] = b[i] = _mm512_setzero_ps();
-    for (long j = 0; j < k; j += 32) {
-        _mm_prefetch(w + kind * j + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(w + kind * (k + j) + AHEAD, _MM_HINT_T0);
-        const __m512i first = weights(kind, w, j), second = weights(kind, next, j);
+/* a += x u^T and b += x v^T for `n` rows of x. */
+INLINE void multiply(const int n, const int halves, const bf16 *x, long x_row, Weights u, Weights v, __m512 *a, __m512 *b) {
+    for (int half = 0; half < halves; half++)
         for (int i = 0; i < n; i++) {
-            const __m512i v = _mm512_loadu_si512(x + i * x_row + j);
-            a[i] = dot(a[i], first, v);
-            b[i] = dot(b[i], second, v);
+            const __m512i row = _mm512_loadu_si512(x + i * x_row + 32 * half);
+            a[i] = dot(a[i], u.half[half], row);
+            b[i] = dot(b[i], v.half[half], row);
         }
+}
+
+/* Rows r and r + 1 of W, where there are both, against `n` rows of x. y_row counts elements of y. */
+INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, const Weight *w, long r, long k, void *out, long y_row, int both,
+                     const int how) {
+    __m512 a[8], b[8];
+    const int halves = kind == TWELVE ? 2 : 1;
+    const char *one = w->rows + r * (k / 32 * kind), *two = one + (both ? k / 32 * kind : 0);
+    const __m512i first = high_bytes(kind == TWELVE ? w->high[r] : 0), second = high_bytes(kind == TWELVE ? w->high[r + both] : 0);
+    for (int i = 0; i < n; i++) a[i] = b[i] = _mm512_setzero_ps();
+    Rare rare = rare_of(kind, w, r, k), other = rare_of(kind, w, r + both, k);
+    for (long j = 0; j < k;) {
+        const int64_t next = (rare.column < other.column ? rare.column : other.column) / 64 * 64, stop = next < k ? next : k;
+        for (; j < stop; j += 32 * halves, one += halves * kind, two += halves * kind) {
+            for (int half = 0; half < halves; half++) {
+                _mm_prefetch(one + half * kind + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(two + half * kind + AHEAD, _MM_HINT_T0);
+            }
+            multiply(n, halves, x + j, x_row, weights(kind, one, first), weights(kind, two, second), a, b);
+        }
+        if (kind != TWELVE || j == k) break;
+        multiply(n, halves, x + j, x_row, completed(weights(kind, one, first), &rare, j), completed(weights(kind, two, second), &other, j), a, b);
+        j += 64, one += 2 * kind, two += 2 * kind;
     }
     __m512 sums[16];
     for (int i = 0; i < 8; i++) sums[2 * i] = i < n ? a[i] : _mm512_setzero_ps(), sums[2 * i + 1] = i < n ? b[i] : _mm512_setzero_ps();
     __m512 sum = sums_of(sums);
-    if (kind == INT8) sum = _mm512_mul_ps(sum, _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(scale[0]), _mm512_set1_ps(scale[both])));
+    if (kind == INT8) sum = _mm512_mul_ps(sum, _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(w->scale[r]), _mm512_set1_ps(w->scale[r + both])));
     if (how == WIDE) {
         float each[16];
         _mm512_storeu_ps(each, sum);
@@ -78,29 +159,29 @@ INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, con
     for (int i = 0; i < n; i++) memcpy(y + i * y_row, narrowed + 2 * i, both ? 4 : 2);
 }
 
-INLINE void up_to_eight(long n, const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long k, void *y,
-                        long y_row, int both, const int how) {
+INLINE void up_to_eight(long n, const int kind, const bf16 *x, long x_row, const Weight *w, long r, long k, void *y, long y_row, int both,
+                        const int how) {
     switch (n) {
-    case 1: two_rows(1, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 2: two_rows(2, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 3: two_rows(3, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 4: two_rows(4, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 5: two_rows(5, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 6: two_rows(6, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    case 7: two_rows(7, kind, x, x_row, w, scale, k, y, y_row, both, how); break;
-    default: two_rows(8, kind, x, x_row, w, scale, k, y, y_row, both, how);
+    case 1: two_rows(1, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 2: two_rows(2, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 3: two_rows(3, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 4: two_rows(4, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 5: two_rows(5, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 6: two_rows(6, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    case 7: two_rows(7, kind, x, x_row, w, r, k, y, y_row, both, how); break;
+    default: two_rows(8, kind, x, x_row, w, r, k, y, y_row, both, how);
     }
 }
 
 /* Inside a parallel region: y[n][m] = x[n][k] w[m][k]^T, shared out among its threads, with no barrier at the end. */
-INLINE void share_rows(const int kind, const bf16 *x, long x_row, const char *w, const float *scale, long n, long m, long k, void *y,
-                       long y_row, const int how, Share *shares) {
+INLINE void share_rows(const int kind, const bf16 *x, long x_row, const Weight *w, long n, long m, long k, void *y, long y_row, const int how,
+                       Share *shares) {
     Turns t = turns(shares, m, TAKEN);
     for (long from; (from = next_turn(&t)) >= 0;)
         for (long r = from; r < m && r < from + TAKEN; r += 2)
             for (long i = 0; i < n; i += 8) {
                 void *to = how == WIDE ? (void *)((float *)y + i * y_row + r) : (void *)((bf16 *)y + i * y_row + r);
-                up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w + kind * r * k, scale + (kind == INT8 ? r : 0), k, to, y_row, r + 1 < m, how);
+                up_to_eight(n - i < 8 ? n - i : 8, kind, x + i * x_row, x_row, w, r, k, to, y_row, r + 1 < m, how);
             }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,21 +31,72 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     return y if _run_some(x, weight, y) else None
 
 
-def product_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor | None:
-    """x `[n, k]` times int8 codes `[m, k]` transposed, column j of the result times scale[j] (fp32)."""
-    kind = x.dtype == torch.bfloat16 and codes.dtype == torch.int8 and scale.dtype == torch.float32
-    fits = x.shape[0] <= FEW and x.shape[1] % 32 == 0 and x.stride(1) == 1 and codes.is_contiguous()
-    if not kind or not fits or x.device.type != "cpu":
-        return None
-    kernels = library()
+class Weight(ctypes.Structure):
+    """Where the rows of a weight lie; see `few.h`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("rows", "scale", "high", "first", "places", "values")]
+
+
+BF16, TWELVE, INT8 = 64, 48, 32
+"""How weights are stored: the bytes of 32 of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A weight `[out, in]` that a product of few rows reads where it lies.
+
+    rows    bf16 `[out, in]`, int8 codes `[out, in]`, or bytes `[out, in * 3 / 2]` of `ops/twelve_bit.py`
+    scale   of each row of int8 codes, fp32
+    high    of twelve bits: what each row counts its high bytes from, uint8
+    first, places, values  of twelve bits: the listed weights, from which on row by row (int64 `[out + 1]`), their places in the
+            whole weight (int64) and themselves (bf16)
+    """
+
+    kind: int
+    shape: tuple[int, int]
+    rows: Tensor
+    scale: Tensor | None = None
+    high: Tensor | None = None
+    first: Tensor | None = None
+    places: Tensor | None = None
+    values: Tensor | None = None
+
+    @cached_property
+    def structure(self) -> Weight:
+        """Valid as long as this lives."""
+        held = (self.rows, self.scale, self.high, self.first, self.places, self.values)
+        return Weight(*(None if tensor is None else tensor.data_ptr() for tensor in held))
+
+    def fits(self) -> bool:
+        """Whether the kernels read it."""
+        dtype = {BF16: torch.bfloat16, TWELVE: torch.uint8, INT8: torch.int8}[self.kind]
+        whole = self.shape[1] % (64 if self.kind == TWELVE else 32) == 0
+        return whole and self.rows.dtype == dtype and self.rows.is_contiguous() and self.rows.device.type == "cpu"
+
+
+def product_stored(x: Tensor, weight: Rows) -> Tensor | None:
+    """x `[n, in]` times a weight of another form than bf16, transposed."""
+    here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.stride(1) == 1
+    kernels = library() if here and x.shape[0] <= FEW and weight.fits() else None
     if kernels is None:
         return None
-    (n, k), m = x.shape, codes.shape[0]
+    n, (m, k) = x.shape[0], weight.shape
     y = torch.empty(n, m, dtype=x.dtype)
-    kernels.few_rows_int8(
-        x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), n, m, k, y.data_ptr(), m, team()
+    kernels.few_stored_rows(
+        x.data_ptr(), x.stride(0), ctypes.addressof(weight.structure), weight.kind, n, m, k, y.data_ptr(), m, team()
     )
     return y
+
+
+def unpack_twelve(weight: Rows, out: Tensor) -> bool:
+    """Fill `out` `[out, in]` with the weight as it was. False: nothing was done."""
+    here = out.dtype == torch.bfloat16 and out.device.type == "cpu" and out.is_contiguous()
+    kernels = library() if here and weight.fits() else None
+    if kernels is None:
+        return False
+    m, k = weight.shape
+    kernels.plain_rows(ctypes.addressof(weight.structure), m, k, out.data_ptr(), torch.get_num_threads())
+    return True
 
 
 MANY = 64
