@@ -36,8 +36,8 @@ typedef struct {
     const float *cosines, *sines;
 } Angles;
 
-/* `shares` moves on past those that this takes, on every thread alike. */
-INLINE void share_product(const Product *p, const bf16 *x, long n, bf16 *y, Share **shares) {
+/* `shares` moves on past those that this takes, on every thread alike. Compiled once, not for each of its callers. */
+static __attribute__((noinline)) void share_product(const Product *p, const bf16 *x, long n, bf16 *y, Share **shares) {
     long first = 0;
     for (long i = 0; i < p->count; first += p->pieces[i++].out) {
         const Piece *piece = p->pieces + i;
