@@ -112,3 +112,6 @@ def test_what_the_kernel_does_not_cover_is_left_to_others() -> None:
     stored = twelve_bit.quantise(gaussian(4, 64))
     assert stored.few_rows(gaussian(33, 64)) is None and stored.few_rows(gaussian(2, 64).float()) is None
     assert twelve_bit.quantise(gaussian(4, 96)).few_rows(gaussian(2, 96)) is None
+    assert stored.few_rows(gaussian(2, 128)) is None
+    assert not few.unpack_twelve(stored.rows, torch.empty(2, 64, dtype=torch.bfloat16))
+    assert not few.unpack_twelve(stored.rows, torch.empty(64, 4, dtype=torch.bfloat16).t())

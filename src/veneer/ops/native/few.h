@@ -63,21 +63,21 @@ INLINE Weights weights(const int kind, const char *p, __m512i table) {
 typedef struct {
     const Weight *w;
     int64_t i, start, end, column;
-} Rare;
+} Listed;
 
-INLINE int64_t next_rare(const Rare *rare) { return rare->i < rare->end ? rare->w->places[rare->i] - rare->start : INT64_MAX - 64; }
+INLINE int64_t next_listed(const Listed *l) { return l->i < l->end ? l->w->places[l->i] - l->start : INT64_MAX - 64; }
 
-INLINE Rare rare_of(const int kind, const Weight *w, long r, long k) {
-    Rare rare = {w, 0, r * k, 0, INT64_MAX - 64};
-    if (kind == TWELVE) rare.i = w->first[r], rare.end = w->first[r + 1], rare.column = next_rare(&rare);
-    return rare;
+INLINE Listed listed_of(const int kind, const Weight *w, long r, long k) {
+    Listed found = {w, 0, r * k, 0, INT64_MAX - 64};
+    if (kind == TWELVE) found.i = w->first[r], found.end = w->first[r + 1], found.column = next_listed(&found);
+    return found;
 }
 
 /* The 64 weights from column j on with those that are listed. */
-static __attribute__((noinline)) Weights completed(Weights found, Rare *rare, long j) {
+static __attribute__((noinline)) Weights completed(Weights found, Listed *l, long j) {
     bf16 plain[64];
     memcpy(plain, &found, sizeof plain);
-    for (; rare->column < j + 64; rare->i++, rare->column = next_rare(rare)) plain[rare->column - j] = rare->w->values[rare->i];
+    for (; l->column < j + 64; l->i++, l->column = next_listed(l)) plain[l->column - j] = l->w->values[l->i];
     memcpy(&found, plain, sizeof plain);
     return found;
 }
@@ -126,9 +126,9 @@ INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, con
     const char *one = w->rows + r * (k / 32 * kind), *two = one + (both ? k / 32 * kind : 0);
     const __m512i first = high_bytes(kind == TWELVE ? w->high[r] : 0), second = high_bytes(kind == TWELVE ? w->high[r + both] : 0);
     for (int i = 0; i < n; i++) a[i] = b[i] = _mm512_setzero_ps();
-    Rare rare = rare_of(kind, w, r, k), other = rare_of(kind, w, r + both, k);
+    Listed mine = listed_of(kind, w, r, k), other = listed_of(kind, w, r + both, k);
     for (long j = 0; j < k;) {
-        const int64_t next = (rare.column < other.column ? rare.column : other.column) / 64 * 64, stop = next < k ? next : k;
+        const int64_t next = (mine.column < other.column ? mine.column : other.column) / 64 * 64, stop = next < k ? next : k;
         for (; j < stop; j += 32 * halves, one += halves * kind, two += halves * kind) {
             for (int half = 0; half < halves; half++) {
                 _mm_prefetch(one + half * kind + AHEAD, _MM_HINT_T0);
@@ -137,7 +137,7 @@ INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, con
             multiply(n, halves, x + j, x_row, weights(kind, one, first), weights(kind, two, second), a, b);
         }
         if (kind != TWELVE || j == k) break;
-        multiply(n, halves, x + j, x_row, completed(weights(kind, one, first), &rare, j), completed(weights(kind, two, second), &other, j), a, b);
+        multiply(n, halves, x + j, x_row, completed(weights(kind, one, first), &mine, j), completed(weights(kind, two, second), &other, j), a, b);
         j += 64, one += 2 * kind, two += 2 * kind;
     }
     __m512 sums[16];

@@ -77,7 +77,8 @@ class Rows:
 def product_stored(x: Tensor, weight: Rows) -> Tensor | None:
     """x `[n, in]` times a weight of another form than bf16, transposed."""
     here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.stride(1) == 1
-    kernels = library() if here and x.shape[0] <= FEW and weight.fits() else None
+    suits = here and x.shape[0] <= FEW and x.shape[1] == weight.shape[1] and weight.fits()
+    kernels = library() if suits else None
     if kernels is None:
         return None
     n, (m, k) = x.shape[0], weight.shape
@@ -91,7 +92,7 @@ def product_stored(x: Tensor, weight: Rows) -> Tensor | None:
 def unpack_twelve(weight: Rows, out: Tensor) -> bool:
     """Fill `out` `[out, in]` with the weight as it was. False: nothing was done."""
     here = out.dtype == torch.bfloat16 and out.device.type == "cpu" and out.is_contiguous()
-    kernels = library() if here and weight.fits() else None
+    kernels = library() if here and out.shape == weight.shape and weight.fits() else None
     if kernels is None:
         return False
     m, k = weight.shape
