@@ -193,6 +193,23 @@ def test_choices_share_the_prompt_and_differ_by_their_seed() -> None:
     assert [c.tokens for c in running.complete([request])[0]] == [c.tokens for c in first]
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_nobody_starts_from_tokens_that_are_still_to_be_read(cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt is read in chunks: who asks the same meanwhile, or after it was cancelled, starts from what was read."""
+    take = Arena._take
+    monkeypatch.setattr(Arena, "_take", lambda self, size: take(self, size).fill_(torch.nan))
+    base, prompt = small_base(), ids(3, 200)
+    running = engine(base, limits=Limits(chunk=(32, 32), alone=32))
+    running.submit(Request(prompt, id="first", max_tokens=6))
+    running.step()
+    if cancelled:
+        running.cancel("first")
+    events = running.generate([Request(prompt, id="second", max_tokens=6)])
+    (answer,) = (event for event in events if isinstance(event, Finished) and event.id == "second")
+    assert answer.usage.cached == 32
+    assert list(answer.tokens) == plain_greedy(base, prompt, None, 6)
+
+
 def test_text_streams_stop_and_usage() -> None:
     base = with_tokenizer(small_base(vocab_size=300))
     running = engine(base)

@@ -44,6 +44,9 @@ def test_a_chain_grows_as_its_sequence_does() -> None:
         grown = list(chain.extend(tokens, stop))
     assert grown == keys("x", "A", tokens)
     assert len(grown) == 70 // BLOCK
+    assert [len(chain.extend(tokens, stop)) for stop in (0, 15, 16, 40, 70)] == [0, 0, 1, 2, 4], (
+        "no key of what comes later"
+    )
 
 
 def test_the_longest_stored_prefix_is_found() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.models.state import Run
 from veneer.ops.attention import attention, attention_over, decode_attention
-from veneer.ops.native.few import InPlace, Place
+from veneer.ops.native.few import InPlace, Place, Runs
 
 _SPARE = 1 << 26
 """Bytes of free buffers that are kept: the kernel would clear each page of a new one."""
@@ -106,6 +106,7 @@ class _Plan:
     """How the rows of a call attend.
 
     placed  rows that read one token each where their sequences lie
+    stored  the rows of `alone`, where a kernel stores them all
     seated  rows that decode, by table
     alone   other runs, with what their sequences have stored: keys and values go there
     fresh   rows of neighbours among those that see nothing older than themselves, and the lengths of their runs
@@ -113,6 +114,7 @@ class _Plan:
 
     runs: tuple[Run, ...]
     placed: InPlace | None
+    stored: Runs | None
     seated: tuple[_Seated, ...]
     alone: tuple[_Alone, ...]
     fresh: tuple[tuple[slice, list[int]], ...]
@@ -120,7 +122,11 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Alone:
-    """A run from row `row` on. Of each layer: its sequence's keys and values up to its end, and the places for its own."""
+    """A run from row `row` on.
+
+    stored  of each layer: its sequence's keys and values up to its end
+    own     and the places for its own, where no kernel stores them
+    """
 
     row: int
     run: Run
@@ -257,10 +263,14 @@ class Arena:
             out[group.rows] = decode_attention(
                 q[group.rows], keys, values, group.lengths, scale=scale, window=window, softcap=softcap
             )
+        if plan.stored is not None:
+            plan.stored.store(layer, k, v)
         for alone in plan.alone:
-            rows, (keys, values) = slice(alone.row, alone.row + alone.run.length), alone.own[layer]
-            keys.copy_(k[rows])
-            values.copy_(v[rows])
+            rows = slice(alone.row, alone.row + alone.run.length)
+            if plan.stored is None:
+                keys, values = alone.own[layer]
+                keys.copy_(k[rows])
+                values.copy_(v[rows])
             if alone.run.start:
                 keys, values = alone.stored[layer]
                 out[rows] = attention_over(q[rows], keys, values, scale=scale, window=window, softcap=softcap)
@@ -302,17 +312,25 @@ class Arena:
                 members.setdefault(id(table), []).append((table.ids.index(run.sequence), row, run))
             row += run.length
         seated = tuple(self._group(tables[key], found) for key, found in members.items())
-        self._plan = _Plan(tuple(runs), self._placed(placed), seated, tuple(alone), tuple(_fresh(alone)))
+        stored = self._runs(alone) if self._in_place and alone else None
+        self._plan = _Plan(tuple(runs), self._placed(placed), stored, seated, tuple(alone), tuple(_fresh(alone)))
         return self._plan
 
     def _placed(self, found: Sequence[tuple[int, Run]]) -> InPlace | None:
         rows = (ctypes.c_int64 * len(found))(*(row for row, _ in found))
         return InPlace(rows, (Place * len(found))(*(self._place(run) for _, run in found))) if found else None
 
+    def _runs(self, found: Sequence[_Alone]) -> Runs:
+        rows = [number for alone in found for number in (alone.row, alone.run.length)]
+        return Runs(
+            (ctypes.c_int64 * len(rows))(*rows), (Place * len(found))(*(self._place(alone.run) for alone in found))
+        )
+
     def _alone(self, row: int, run: Run) -> _Alone:
         buffer, end = self._view(run.sequence), run.start + run.length
         stored = tuple(layer.unbind(0) for layer in buffer[:, :, :end].unbind(0)) if run.start else ()
-        own = tuple(layer.unbind(0) for layer in buffer[:, :, run.start : end].unbind(0))
+        fresh = () if self._in_place else buffer[:, :, run.start : end].unbind(0)
+        own = tuple(layer.unbind(0) for layer in fresh)
         return _Alone(row, run, stored, own)
 
     def _group(self, table: Table, found: list[tuple[int, int, Run]]) -> _Seated:

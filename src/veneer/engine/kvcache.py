@@ -35,7 +35,7 @@ class Chain:
         self.keys: list[bytes] = []
 
     def extend(self, tokens: Sequence[int], stop: int) -> list[bytes]:
-        """All keys of the whole blocks within `tokens[:stop]`; earlier tokens are as they were at the last call."""
+        """The keys of the whole blocks within `tokens[:stop]`, no others. Earlier tokens are as they were at the last call."""
         for start in range(len(self.keys) * BLOCK, stop - BLOCK + 1, BLOCK):
             bare = min(max(self._switch - start, 0), BLOCK) if self._adapter else BLOCK
             digest = hashlib.sha256(self._last)
@@ -43,7 +43,7 @@ class Chain:
             digest.update(b"".join(token.to_bytes(4, "little") for token in tokens[start : start + BLOCK]))
             self._last = digest.digest()
             self.keys.append(self._last)
-        return self.keys
+        return self.keys[: max(stop, 0) // BLOCK]
 
 
 @dataclass

@@ -52,6 +52,7 @@ _SIGNATURES = {
     "few_scores": "plplllpli",
     "decode_attention": "pppllllplllllfpi",
     "attend_in_place": "ppplllppllllllfpli",
+    "store_runs": "ppllppllli",
     "few_stored_rows": "plpilllpli",
     "plain_rows": "pllpi",
     "largest": "pllppi",

@@ -63,6 +63,21 @@ void attend_in_place(const bf16 *q, const bf16 *k, const bf16 *v, long q_row, lo
     share_places(q, q_row, rows, places, n, layer, kv, heads / kv, d, window, scale, out, out_row, shares);
 }
 
+/* Stores the keys and values of runs of rows: run i is rows[2i + 1] of them from rows[2i] on, at places[i] and the positions after it. */
+void store_runs(const bf16 *k, const bf16 *v, long k_row, long v_row, const int64_t *rows, const Place *places, long runs, long layer,
+                long wide, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (long i = 0; i < runs; i++) {
+        bf16 *key = key_of(places + i, layer);
+        const long first = rows[2 * i], step = places[i].position_step, value_step = places[i].value_step;
+#pragma omp for schedule(static) nowait
+        for (long r = 0; r < rows[2 * i + 1]; r++) {
+            memcpy(key + r * step, k + (first + r) * k_row, (size_t)wide * 2);
+            memcpy(key + r * step + value_step, v + (first + r) * v_row, (size_t)wide * 2);
+        }
+    }
+}
+
 /* Where the first of the largest numbers of each row of y [n][m] is, and that number; a row with a NaN has it as its largest. */
 void largest(const float *y, long n, long m, int64_t *places, float *values, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

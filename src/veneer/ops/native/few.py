@@ -215,3 +215,22 @@ class InPlace:
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), self.rows, self.places,
             len(self.rows), layer, heads, kv, d, window or 0, scale, out.data_ptr(), out.stride(0), team(),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs of rows of a pass, as pairs of the first row and their number, and where the sequence of each keeps what it reads."""
+
+    rows: ctypes.Array[ctypes.c_int64]
+    places: ctypes.Array[Place]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep these rows of k and v `[n, kv, d]`. Only where `decodes` said so."""
+        kernels = library()
+        assert kernels is not None
+        kv, d = k.shape[1:]
+        k, v = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (k, v))
+        kernels.store_runs(
+            k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), self.rows, self.places, len(self.places), layer,
+            kv * d, team(),
+        )  # fmt: skip
