@@ -165,9 +165,14 @@ def _run_some(x: Tensor, weight: Tensor, y: Tensor) -> bool:
 
 
 def decodes(dtype: torch.dtype, device: torch.device, group: int, d: int, softcap: float | None) -> bool:
-    """Whether the kernels attend for one query a sequence: `group` heads of width d to a key head."""
+    """Whether the kernels attend for one query a sequence: `group` heads of width d to a key head.
+
+    An engine asks when it starts, so that the kernels are built then, for any dtype, and not in somebody's first step.
+    """
+    if library() is None:
+        return False
     covered = dtype == torch.bfloat16 and device.type == "cpu" and softcap is None
-    return covered and d % 16 == 0 and d <= 256 and group <= 16 and library() is not None
+    return covered and d % 16 == 0 and d <= 256 and group <= 16
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], how: Scores) -> Tensor | None:
