@@ -235,7 +235,8 @@ def test_a_client_that_leaves_frees_what_it_held(running: Running, monkeypatch: 
     monkeypatch.setattr(engine, "step", slowly)
     body = {"model": "tickets", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": True}
     with running.client().stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # held: when it is collected, the connection is closed
+        next(lines)
         assert scheduler.running
     assert eventually(lambda: not scheduler.running and not scheduler.waiting)
     with pytest.raises(httpx.ReadTimeout):
