@@ -57,8 +57,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _event_loop() -> Iterator[None]:
-    """One event loop for whoever asks this thread for its own: a library that makes one itself never closes it, and fails the test
-    that runs when it is collected."""
+    """One for whoever asks this thread for its own: a library that makes one never closes it, which fails some later test."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     yield
