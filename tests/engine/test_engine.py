@@ -210,6 +210,16 @@ def test_nobody_starts_from_tokens_that_are_still_to_be_read(cancelled: bool, mo
     assert list(answer.tokens) == plain_greedy(base, prompt, None, 6)
 
 
+def test_complete_is_not_for_who_has_others_in_flight() -> None:
+    running = engine(small_base())
+    running.submit(Request(ids(0, 9), id="first", max_tokens=3))
+    with pytest.raises(Conflict, match="others are in flight"):
+        running.complete([Request(ids(1, 9), max_tokens=3)])
+    while running.busy:
+        running.step()
+    assert running.complete([Request(ids(1, 9), max_tokens=3)])
+
+
 def test_text_streams_stop_and_usage() -> None:
     base = with_tokenizer(small_base(vocab_size=300))
     running = engine(base)
@@ -512,7 +522,9 @@ def test_too_many_waiting_requests_are_turned_away() -> None:
         running.submit(Request(ids(i, 5)))
     with pytest.raises(ResourceError, match="waiting"):
         running.submit(Request(ids(9, 5)))
-    assert len(running.complete(Request(ids(i, 5), max_tokens=2, id=f"late-{i}") for i in range(9))) == 9
+    late = [Request(ids(i, 5), max_tokens=2, id=f"late-{i}") for i in range(9)]
+    ended = {event.id for event in running.generate(late) if isinstance(event, Finished)}
+    assert {request.id for request in late} <= ended
 
 
 def test_the_reproducible_mode_gives_the_same_bits_in_any_company() -> None:

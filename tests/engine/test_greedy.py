@@ -13,9 +13,14 @@ from tests.models import tiny
 from veneer.adapter import Adapter
 from veneer.engine import Engine, Limits, Request
 from veneer.inject import create
+from veneer.methods import lower
 from veneer.methods.lora import LoRA
+from veneer.models.bank import EMPTY, Bank
+from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.ops.native import build
+from veneer.ops.native.shortlist import Sketch
+from veneer.types import Span
 
 MB = 1 << 20
 
@@ -55,6 +60,51 @@ def test_the_likeliest_token_is_not_decided_by_rounding(family: str) -> None:
     rounded = base.decoder.logits(hidden)
     tied = (rounded == rounded.amax(1, keepdim=True)).sum(1) > 1
     assert int(tied.sum()) > 10, "and rounded they do tie"
+
+
+@pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
+def test_a_shortlist_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asks for more than the likeliest token, after the prompts, it is found without all scores: the same one."""
+    asked: list[int] = []
+    original = Sketch.likeliest
+
+    def counted(self: Sketch, x: torch.Tensor) -> tuple[list[int], list[float]] | None:
+        found = original(self, x)
+        asked.append(-1 if found is None else len(x))
+        return found
+
+    base = small_base("llama", dtype=torch.bfloat16, hidden_size=64, vocab_size=3000)
+    requests = [Request(ids(i, 5 + i), max_tokens=20, ignore_eos=True) for i in range(4)]
+
+    def answers(*more: Request) -> list[tuple[int, ...]]:
+        running = Engine(base, kv_bytes=64 * MB, adapter_bytes=MB)
+        return [answer.tokens for (answer,) in running.complete([*requests, *more])][:4]
+
+    monkeypatch.setattr(Sketch, "likeliest", counted)
+    plain = answers()
+    assert asked == [4] * 19, "all steps but the first, which reads prompts"
+    asked.clear()
+    curious = Request(ids(9, 5), max_tokens=20, ignore_eos=True, logprobs=2)
+    assert answers(curious) == plain and asked == [], "somebody wants log-probabilities"
+    monkeypatch.setattr(Sketch, "likeliest", lambda *_: None)
+    assert answers() == plain
+
+
+@pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
+def test_heads_that_no_sketch_speaks_for() -> None:
+    """A soft cap, an adapter on the head."""
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spans = (Span(0, 3, 0),)
+    capped = small_base("gemma2", dtype=torch.bfloat16, hidden_size=64, head_dim=16, final_logit_softcapping=30.0)
+    assert capped.decoder.likeliest(hidden, (), EMPTY) is None
+    base = small_base("llama", dtype=torch.bfloat16, hidden_size=64)
+    assert base.decoder.likeliest(hidden, spans, lowered(base, "q_proj")) is not None
+    assert base.decoder.likeliest(hidden, spans, lowered(base, "lm_head")) is None
+
+
+def lowered(base: Base, target: str) -> Bank:
+    method = LoRA(rank=2, alpha=2, targets=target)
+    return base.bank([lower(_moved(create(base, method, torch.Generator().manual_seed(0)), 1), base)])
 
 
 @pytest.mark.slow

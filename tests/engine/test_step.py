@@ -75,7 +75,7 @@ def scores(base: Base, mix: list[Callable[[Base], Adapter] | None], **settings: 
     found: list[torch.Tensor] = []
     original = running._runner.run
 
-    def recorded(*args: Any) -> Any:
+    def recorded(*args: Any, greedy: bool) -> Any:
         given = original(*args)
         found.extend(batch.logits.clone() for batch in given)
         return given

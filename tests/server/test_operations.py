@@ -137,7 +137,7 @@ def test_a_defect_in_a_step_ends_requests_and_not_the_server(running: Running, m
     engine = running.service.engine
     healthy = engine._runner.run
 
-    def broken(*args: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         monkeypatch.setattr(engine._runner, "run", healthy)
         raise RuntimeError("cosmic ray")
 

@@ -46,7 +46,10 @@ def beside(decoder: Decoder, tensors: dict[str, Tensor]) -> Decoder:
     """A decoder that reads these tensors (by their native names) in place of its model's; everything else is shared."""
     held: dict[str, Tensor | Frozen] = {spec.name: decoder.groups[spec.name].frozen for spec in decoder.layout.groups}
     held |= decoder.tensors
-    return Decoder(decoder.config, decoder.layout, {**held, **tensors})
+    made = Decoder(decoder.config, decoder.layout, {**held, **tensors})
+    if not {"embed", "head"} & tensors.keys():
+        made.groups["head"] = decoder.groups["head"]  # with its sketch
+    return made
 
 
 def _multiplies(frozen: QuantizedFrozen) -> bool:

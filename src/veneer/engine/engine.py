@@ -18,7 +18,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 
@@ -33,24 +33,13 @@ from veneer.engine.kvcache import KVBook
 from veneer.engine.request import Event, Failed, Finished, FinishReason, Request
 from veneer.engine.residency import Residency
 from veneer.engine.runner import Runner, Scores
-from veneer.engine.sampling import Chooser, choose_all
-from veneer.engine.scheduler import Limits, Scheduler, Seq
+from veneer.engine.sampling import Chooser
+from veneer.engine.scheduler import Limits, Scheduler, Seq, StepReport
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
 from veneer.errors import Busy, Conflict, FormatError, ResourceError, Unsupported, VeneerError
 from veneer.models.base import Base
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did: for metrics. `merged`: on the merged set of the hot adapter."""
-
-    decoded: int
-    prefilled: int
-    adapters: int
-    seconds: float
-    merged: bool = False
 
 
 class Engine:
@@ -105,6 +94,11 @@ class Engine:
         self._deadlines: dict[str, float] = {}
         self._numbers = itertools.count()
         self.last_step: StepReport | None = None
+
+    @property
+    def sketch_bytes(self) -> int:
+        """What finding the likeliest token takes beside the base: half of a bf16 head, once somebody decodes greedily."""
+        return self._runner.decoder.sketch_bytes
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +215,7 @@ class Engine:
 
     @property
     def on_loaded(self) -> Callable[[], None] | None:
-        """Called on a worker thread when something waits to be published, so that whoever sleeps can wake up."""
+        """Called on a worker thread when something waits to be published, so that a sleeper can wake up."""
         return self.residency.on_loaded
 
     @on_loaded.setter
@@ -268,6 +262,10 @@ class Engine:
 
     def complete(self, requests: Iterable[Request]) -> list[list[Finished]]:
         """The finished answers of each request, by choice. A request that fails raises its error."""
+        if self._requests:
+            raise Conflict(
+                "others are in flight, and their events would be lost", help="use generate, or submit and step"
+            )
         requests = list(requests)
         names = [r.id if r.id is not None else str(i) for i, r in enumerate(requests)]
         found: dict[str, dict[int, Finished]] = {name: {} for name in names}
@@ -306,7 +304,8 @@ class Engine:
         merged = merged and all(seq.adapter for seq in step.seqs)
         if not step.prefill:
             self.scheduler.foresee(self._clock())
-        scores = self._runner.run(step, residents, self._hot.merged if merged else None)
+        greedy = not step.prefill and all(self._answers[seq.id].chooser.greedy for seq in step.decode)
+        scores = self._runner.run(step, residents, self._hot.merged if merged else None, greedy=greedy)
         if step.prefill:  # a pass with prompts is not one call, and a load that runs beside it takes its turns from it
             self.scheduler.foresee(self._clock())
         for seq in step.seqs:
@@ -360,7 +359,7 @@ class Engine:
 
     def _advance(self, scores: Scores) -> Iterator[Event]:
         answers = [self._answers[seq.id] for seq in scores.seqs]
-        chosen = choose_all(scores.logits, [a.chooser for a in answers], self._spell)
+        chosen = scores.choose([a.chooser for a in answers], self._spell)
         now = self._clock()
         for answer, choice in zip(answers, chosen, strict=True):
             if choice.broken:

@@ -9,7 +9,7 @@ else runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from veneer.engine.arena import Arena
 from veneer.engine.batch import Resident, join
 from veneer.engine.hot import Merged
+from veneer.engine.sampling import Chooser, Chosen, choose_all, take_all
 from veneer.engine.scheduler import Seq, Step
 from veneer.models.bank import EMPTY, Bank, spans_of
 from veneer.models.decoder import Decoder
@@ -40,10 +41,22 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits `[n, vocab]`, fp32, of the sequences that are ready for a token."""
+    """What sequences that are ready for a token choose it by.
+
+    logits     `[n, vocab]`, fp32
+    likeliest  in their place, where nobody asks for more: the token with the largest of each row, and that score
+    """
 
     seqs: tuple[Seq, ...]
-    logits: torch.Tensor
+    logits: torch.Tensor | None
+    likeliest: tuple[list[int], list[float]] | None = None
+
+    def choose(self, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:
+        """One token for each sequence."""
+        if self.likeliest is not None:
+            return take_all(self.likeliest, choosers)
+        assert self.logits is not None
+        return choose_all(self.logits, choosers, spell)
 
 
 class Runner:
@@ -58,10 +71,13 @@ class Runner:
         self.arena = Arena(config.layers, config.kv_heads, width, decoder.dtype, decoder.device, in_place=in_place)
         self._bank: tuple[tuple[Resident, ...], Bank] = ((), EMPTY)
 
-    def run(self, step: Step, residents: Mapping[str, Resident], merged: Merged | None = None) -> list[Scores]:
+    def run(
+        self, step: Step, residents: Mapping[str, Resident], merged: Merged | None = None, *, greedy: bool = False
+    ) -> list[Scores]:
         """Read and store the step's tokens; the scores of those that go on.
 
-        `merged` is the merged set of the one adapter that all rows of this step use.
+        merged  the merged set of the one adapter that all rows of this step use
+        greedy  nobody asks for more than the likeliest token
         """
         work = [Work(seq, 1) for seq in step.decode]
         work += [Work(seq, count) for seq, count in step.prefill]
@@ -69,15 +85,16 @@ class Runner:
         work.sort(key=lambda w: order[w.seq.adapter])
         self._prepare(work)
         if merged is not None:
-            found = self._forward(work, merged.decoder, merged.rest.bank, dict.fromkeys(residents, 0))
+            found = self._forward(work, merged.decoder, merged.rest.bank, dict.fromkeys(residents, 0), greedy=greedy)
             return [] if found is None else [found]
         batches = [[w] for w in work] if self._alone else [work]
-        return [scores for batch in batches if (scores := self._on_the_base(batch, residents)) is not None]
+        given = [self._on_the_base(batch, residents, greedy=greedy) for batch in batches]
+        return [scores for scores in given if scores is not None]
 
-    def _on_the_base(self, batch: Sequence[Work], residents: Mapping[str, Resident]) -> Scores | None:
+    def _on_the_base(self, batch: Sequence[Work], residents: Mapping[str, Resident], *, greedy: bool) -> Scores | None:
         keys = sorted({w.seq.adapter for w in batch if w.seq.adapter})
         bank = self._bank_of(tuple(residents[key] for key in keys))
-        return self._forward(batch, self.decoder, bank, {key: index for index, key in enumerate(keys)})
+        return self._forward(batch, self.decoder, bank, {key: index for index, key in enumerate(keys)}, greedy=greedy)
 
     def _prepare(self, batch: Sequence[Work]) -> None:
         """Room for what this step stores."""
@@ -87,7 +104,9 @@ class Runner:
                 self.arena.seat(seq.id, seq.virtual + seq.stored, seq.most_positions)
             self.arena.reserve(seq.id, seq.virtual + seq.stored + work.count)
 
-    def _forward(self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int]) -> Scores | None:
+    def _forward(
+        self, batch: Sequence[Work], decoder: Decoder, bank: Bank, places: Mapping[str, int], *, greedy: bool
+    ) -> Scores | None:
         """One pass; `places` are the adapters' places in the bank."""
         segments: list[Segment] = []
         tokens: list[int] = []
@@ -107,10 +126,11 @@ class Runner:
                 spans = spans_at(spans, wanted)
             ids = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
             hidden = decoder.forward(ids, segments, bank, self.arena, wanted)
-            logits = decoder.scores(hidden, spans, bank) if rows else None
+            likeliest = decoder.likeliest(hidden, spans, bank) if rows and greedy else None
+            logits = decoder.scores(hidden, spans, bank) if rows and likeliest is None else None
         for work in batch:
             work.seq.stored += work.count
-        return None if logits is None else Scores(tuple(ready), logits)
+        return Scores(tuple(ready), logits, likeliest) if rows else None
 
     def _bank_of(self, residents: tuple[Resident, ...]) -> Bank:
         """The bank of these adapters; the last one is remembered, since most steps run what the step before ran."""

@@ -60,6 +60,11 @@ class Chooser:
         return s.temperature == 0 and neutral and self.matcher is None and not self._too_short
 
     @property
+    def greedy(self) -> bool:
+        """Nothing but the likeliest token is asked for."""
+        return self.plain and self.logprobs is None
+
+    @property
     def _too_short(self) -> bool:
         return bool(self.banned) and self.counts.total() < self.minimum
 
@@ -136,6 +141,18 @@ class Chosen:
     token: int
     logprob: TokenLogprob | None = None
     broken: bool = False
+
+
+def take_all(likeliest: tuple[list[int], list[float]], choosers: Sequence[Chooser]) -> list[Chosen]:
+    """The likeliest token of each row, which is what every chooser asks for."""
+    chosen = []
+    for token, score, chooser in zip(*likeliest, choosers, strict=True):
+        if not math.isfinite(score):
+            chosen.append(Chosen(-1, broken=True))
+            continue
+        chooser.took(token)
+        chosen.append(Chosen(token))
+    return chosen
 
 
 def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:

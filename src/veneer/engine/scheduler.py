@@ -145,6 +145,17 @@ class Step:
         return len(self.decode) + sum(count for _, count in self.prefill)
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: for metrics. `merged`: on the merged set of the hot adapter."""
+
+    decoded: int
+    prefilled: int
+    adapters: int
+    seconds: float
+    merged: bool = False
+
+
 class Pace:
     """How many prompt tokens fit into the time of a step, from the steps measured so far."""
 

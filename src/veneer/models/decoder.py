@@ -31,6 +31,7 @@ from veneer.ops.attention import attention
 from veneer.ops.gated import activate
 from veneer.ops.loss import linear_cross_entropy, token_nll
 from veneer.ops.low_rank import DenseFrozen, Frozen, gated_adapted_linear, norm_adapted_linear
+from veneer.ops.native.shortlist import Sketch
 from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.rope import rotary
 from veneer.types import Override, Segment, Span
@@ -121,6 +122,21 @@ class Decoder:
             found = found if head.bias is None else found + head.bias
             cap = self.config.logit_softcap
             return found if cap is None else torch.tanh(found / cap) * cap
+
+    def likeliest(self, hidden: Tensor, spans: Sequence[Span], bank: Bank) -> tuple[list[int], list[float]] | None:
+        """Where the first of the largest `scores` of each row is, and that score. None where only all of them can tell."""
+        head = self.groups["head"]
+        plain = head.bias is None and self.config.logit_softcap is None and isinstance(head.frozen, DenseFrozen)
+        if not plain or self._head_is_adapted(spans, bank):
+            return None
+        assert isinstance(head.frozen, DenseFrozen)
+        return None if head.frozen.sketch is None else head.frozen.sketch.likeliest(hidden)
+
+    @property
+    def sketch_bytes(self) -> int:
+        """What `likeliest` has made beside the base so far."""
+        sketch = vars(self.groups["head"].frozen).get("sketch")
+        return sketch.nbytes if isinstance(sketch, Sketch) else 0
 
     def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None, spans: Sequence[Span], bank: Bank) -> Tensor:
         """Sum over rows of weight * negative log-likelihood of `labels`, fp32. Rows are the labelled ones."""

@@ -9,7 +9,7 @@ a decoding step and for the dozens of a step with a prompt in it, so those have 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.native import few
+from veneer.ops.native.shortlist import Sketch, sketch
 from veneer.ops.recording import unrecorded
 
 
@@ -78,6 +79,11 @@ class DenseFrozen:
         """
         found = few.scores(x, self.weight)
         return self.apply(x).to(torch.promote_types(x.dtype, torch.float32)) if found is None else found
+
+    @cached_property
+    def sketch(self) -> Sketch | None:
+        """Finds the largest of `scores` without reading the whole weight. Half of its bytes more, made when first asked for."""
+        return sketch(self.weight)
 
 
 @unrecorded

@@ -21,8 +21,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from veneer.engine import Delta, Engine, Event, Failed, Finished
-from veneer.engine.engine import StepReport
 from veneer.engine.intake import Ticket
+from veneer.engine.scheduler import StepReport
 from veneer.errors import Busy, VeneerError
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from veneer.engine.engine import StepReport
 from veneer.engine.request import Finished
+from veneer.engine.scheduler import StepReport
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _FEW = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -34,6 +34,7 @@ class Snapshot:
     events    hit, miss, load, eviction, failure -> how many so far
     kv        promised, kept, budget -> bytes
     dequantised_bytes   beside the base: a 4-bit base's dense copy
+    sketch_bytes        beside the base: what finds the likeliest token without all scores
     """
 
     running: int
@@ -42,6 +43,7 @@ class Snapshot:
     tiers: Mapping[str, tuple[int, int]]
     adapter_budget: int
     dequantised_bytes: int
+    sketch_bytes: int
     events: Mapping[str, int]
     kv: Mapping[str, int]
     chunk: int
@@ -149,6 +151,9 @@ class _Live(Collector):
             "veneer_base_dequantised_bytes",
             "Dense copy of a 4-bit base, made at the start",
             value=now.dequantised_bytes,
+        )
+        yield GaugeMetricFamily(
+            "veneer_base_sketch_bytes", "Sketch of the head, made when greedy answers decode", value=now.sketch_bytes
         )
         yield _labelled("veneer_kv_bytes", "Memory of keys and values", "kind", now.kv)
         events = CounterMetricFamily("veneer_adapter_events", "Adapter hits, misses, loads, ...", labels=["event"])

@@ -121,6 +121,7 @@ class Service:
             },
             adapter_budget=slots.budget,
             dequantised_bytes=engine.dequantised_bytes,
+            sketch_bytes=engine.sketch_bytes,
             events={
                 "hit": counters.hits,
                 "miss": counters.misses,
