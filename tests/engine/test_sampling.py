@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.engine.request import Request, Sampling
-from veneer.engine.sampling import Chooser, choose_all
+from veneer.engine.sampling import Chooser, _drawn, choose_all
 from veneer.errors import ConfigError
 
 VOCAB = 40
@@ -50,7 +51,7 @@ def test_only_what_the_rules_allow_is_drawn(
     sampling = Sampling(temperature, top_p, top_k, min_p, seed=seed)
     logits = scores(seed)
     chooser = Chooser(sampling, ())
-    drawn = {chooser.choose(logits.clone()) for _ in range(40)}
+    drawn = {chooser.choose(logits.numpy().copy()) for _ in range(40)}
     assert drawn <= kept(sampling, logits)
 
 
@@ -60,7 +61,7 @@ def test_draws_follow_the_distribution(top_p: float, top_k: int) -> None:
     logits = scores(1, 12, 1.0)
     chooser = Chooser(sampling, ())
     count = 4000
-    drawn = Counter(chooser.choose(logits.clone()) for _ in range(count))
+    drawn = Counter(chooser.choose(logits.numpy().copy()) for _ in range(count))
     allowed = sorted(kept(sampling, logits))
     expected = torch.softmax(logits[allowed], 0)
     for token, share in zip(allowed, expected.tolist(), strict=True):
@@ -68,10 +69,24 @@ def test_draws_follow_the_distribution(top_p: float, top_k: int) -> None:
     assert set(drawn) <= set(allowed)
 
 
+@given(seed=st.integers(0, 999), size=st.sampled_from([1, 5, 256, 257, 3000]), zeros=st.sampled_from([0.0, 0.5, 0.99]))
+def test_a_draw_is_where_it_falls_in_the_sum(seed: int, size: int, zeros: float) -> None:
+    """Found among blocks first: the same place as in one sum over all, and never one without weight."""
+    generator = np.random.default_rng(seed)
+    weights = generator.random(size, np.float32) * (generator.random(size) >= zeros)
+    weights[generator.integers(size)] = 1.0
+    sums = weights.astype(np.float64).cumsum()
+    for draw in (0.0, *generator.random(20), 1 - 2**-53):
+        place = _drawn(weights, draw)
+        assert weights[place] > 0
+        before = sums[place - 1] if place else 0.0
+        assert before * (1 - 1e-12) <= draw * sums[-1] <= sums[place] * (1 + 1e-12)
+
+
 def test_a_flat_distribution_falls_back_to_the_whole_vocabulary() -> None:
     sampling = Sampling(1.0, top_p=0.9, seed=0)
     chooser = Chooser(sampling, ())
-    drawn = {chooser.choose(torch.zeros(5000)) for _ in range(300)}
+    drawn = {chooser.choose(np.zeros(5000, np.float32)) for _ in range(300)}
     assert len(drawn) > 200
 
 
@@ -80,7 +95,7 @@ def test_penalties_by_their_definitions() -> None:
     for token in (2, 2, 3):
         chooser.took(token)
     raw = torch.tensor([4.0, -4.0, 4.0, 1.0, 1.0])
-    adjusted = raw.clone()
+    adjusted = raw.numpy().copy()
     chooser._adjust(adjusted)
     assert adjusted.tolist() == [2.0, -8.0, 4.0 / 2 - 0.5 - 0.5, 1.0 / 2 - 0.5 - 0.25, 1.0]
 
@@ -88,10 +103,10 @@ def test_penalties_by_their_definitions() -> None:
 def test_bias_and_minimum_length() -> None:
     chooser = Chooser(Sampling(logit_bias={1: 100.0, 3: -100.0, 999: 5.0}), (), minimum=2, banned=(1,))
     logits = torch.tensor([0.0, 0.0, 1.0, 50.0])
-    assert chooser.choose(logits.clone()) == 2
+    assert chooser.choose(logits.numpy().copy()) == 2
     chooser.took(2)
     chooser.took(2)
-    assert chooser.choose(logits.clone()) == 1
+    assert chooser.choose(logits.numpy().copy()) == 1
 
 
 def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
@@ -109,7 +124,7 @@ def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
 
     assert draws(0) == draws(3)
     other = Chooser(sampling, (), choice=1)
-    assert [other.choose(row.clone()) for row in logits] != draws(0)
+    assert [other.choose(row.numpy().copy()) for row in logits] != draws(0)
 
 
 def test_log_probabilities_are_the_models_own() -> None:
@@ -139,8 +154,8 @@ def test_a_request_names_all_that_is_wrong_with_it() -> None:
 
 
 def test_settings_at_the_edge_of_their_range_choose_what_is_allowed() -> None:
-    scores = torch.tensor([3.0, 2.0, -1.0, -torch.inf])
-    assert Chooser(Sampling(temperature=5e-324), ()).choose(scores.clone()) == 0
-    assert Chooser(Sampling(temperature=5e-324, repetition_penalty=0.01), (0,)).choose(scores.clone()) == 0
-    assert Chooser(Sampling(repetition_penalty=100.0, temperature=0.0), (0,)).choose(scores.clone()) == 1
+    scores = np.array([3.0, 2.0, -1.0, -np.inf], np.float32)
+    assert Chooser(Sampling(temperature=5e-324), ()).choose(scores.copy()) == 0
+    assert Chooser(Sampling(temperature=5e-324, repetition_penalty=0.01), (0,)).choose(scores.copy()) == 0
+    assert Chooser(Sampling(repetition_penalty=100.0, temperature=0.0), (0,)).choose(scores.copy()) == 1
     assert list(Sampling(repetition_penalty=5e-324).problems())

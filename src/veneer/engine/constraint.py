@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from veneer.engine.request import Constraint
 from veneer.errors import ConfigError, Unsupported
@@ -32,15 +32,11 @@ class Matcher:
         """Nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
 
-    def allowed(self, size: int) -> Tensor:
-        """`[size]` bool: which tokens may come next. Ids beyond the tokenizer's vocabulary never may."""
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        flat = bits.reshape(-1)[: self._vocab].bool()
-        allowed = torch.zeros(size, dtype=torch.bool)
-        count = min(size, len(flat))
-        allowed[:count] = flat[:count]
-        return allowed
+    def allowed(self, size: int) -> npt.NDArray[np.bool_]:
+        """`[size]`: which tokens may come next. Ids beyond the tokenizer's vocabulary never may."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        flat = np.unpackbits(words, bitorder="little", count=min(8 * len(words), self._vocab, size)).view(np.bool_)
+        return np.pad(flat, (0, size - len(flat)))
 
     def accept(self, token: int) -> None:
         """The next token of the answer, one of those allowed."""
