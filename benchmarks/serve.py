@@ -134,6 +134,7 @@ def round_of(world: World, number: int, long: int) -> None:
     note("mixed", ours["mixed_over_base"])
     note("bound", ours["byte_bound"])
     note("plain", plain["mixed_over_base"])
+    note("drawn", ours["drawn_over_base"])
     note("same", ours["same_over_base"])
     note("peft", ours["mixed_whole"] / peft["mixed"])
     note("llama", ours["mixed_whole"] / llama["mixed"])
@@ -164,6 +165,7 @@ def rows_of(found: dict[str, list[float]], rest: dict[str, Any]) -> list[Row]:
     return [
         Row("8 streams, base", "transformers generate", found["base"], 3.0),
         Row("8 streams, base as bf12: the same numbers", "transformers generate", found["bf12"]),
+        Row("8 streams, base, drawn (temperature 0.8, top-p 0.95)", "our base, greedy", found["drawn"]),
         Row("8 streams, 8 adapters", f"our base (byte bound {bound:.2f})", found["mixed"], 0.70),
         Row("8 streams, 8 adapters, plain torch", "our base in plain torch", found["plain"], 0.62),
         Row("8 streams, the same adapter", "our base", found["same"], 0.85),

@@ -1,10 +1,11 @@
 """Veneer's engine, one JSON line: speeds, exactness in company, memory of adapters, loading beside streams, a full disk.
 
-    python benchmarks/serve_veneer.py BASE [--only speeds ...] [--mixes base,same,mixed,single] [--quantize int8]
+    python benchmarks/serve_veneer.py BASE [--only speeds ...] [--mixes base,drawn,same,mixed,single] [--quantize int8]
 
 Random adapters on all linear layers of every block. What is compared within this process is taken in turn.
 
-    speeds   tokens a second of each mix: `decode` once every stream decodes, `whole` from the first request to the last token
+    speeds   tokens a second of each mix: `decode` once every stream decodes, `whole` from the first request to the last token;
+             `drawn` is the base by temperature 0.8 and top-p 0.95, the others are greedy
     exact    logits of rows in a mixed batch against the same rows alone
     memory   what an adapter adds to the process, and what the engine counts for it, over its file
     cold     delays between tokens of other streams while adapters are loaded back to back, and without
@@ -32,13 +33,15 @@ import torch
 import veneer as vn
 from veneer.adapter import Adapter
 from veneer.base.quantized import QuantizedFrozen
-from veneer.engine import Engine, Limits, Request
+from veneer.engine import Engine, Limits, Request, Sampling
 from veneer.library import Library
 from veneer.server.run import settle_collector
 from veneer.server.shelf import Shelf
 
 PROMPT = 40
 """Tokens of a prompt: about what the chats of the rivals' drivers have."""
+
+DRAWN = Sampling(0.8, top_p=0.95)
 
 _prompts = itertools.count()
 
@@ -70,11 +73,13 @@ class Adapters:
 
 
 def weight_bytes(base: Any) -> int:
-    """Bytes of the base that every step reads."""
+    """Bytes of the base that every greedy step reads: of a head that has a sketch, the sketch."""
     return sum(_bytes(group.frozen) for group in base.decoder.groups.values())
 
 
 def _bytes(frozen: Any) -> int:
+    if (sketch := vars(frozen).get("sketch")) is not None:
+        return sketch.nbytes
     dense = frozen.in_features * frozen.out_features * frozen.dtype.itemsize
     return frozen.nbytes if isinstance(frozen, QuantizedFrozen) else dense
 
@@ -82,11 +87,11 @@ def _bytes(frozen: Any) -> int:
 # -- speeds ------------------------------------------------------------------------------------------------------------
 
 
-def rates(engine: Engine, names: Sequence[str | None], tokens: int) -> tuple[float, float]:
+def rates(engine: Engine, names: Sequence[str | None], tokens: int, how: Sampling) -> tuple[float, float]:
     """Tokens a second: once every stream decodes, and in all."""
     start = time.perf_counter()
     for name in names:
-        engine.submit(Request(prompt(), adapter=name, max_tokens=tokens, ignore_eos=True))
+        engine.submit(Request(prompt(), adapter=name, max_tokens=tokens, ignore_eos=True, sampling=how))
     while engine.scheduler.waiting or any(not seq.decoding for seq in engine.scheduler.running):
         engine.step()
     reading, decoded = time.perf_counter(), 0
@@ -101,6 +106,8 @@ def speeds(base: Any, args: argparse.Namespace) -> dict[str, Any]:
     engine, adapters = Engine(base), Adapters(base, args.rank)
     names: list[str | None] = []
     mixes: dict[str, list[str | None]] = {"base": [None] * args.adapters, "single": [None]}
+    mixes["drawn"] = mixes["base"]
+    how = {name: DRAWN if name == "drawn" else Sampling() for name in args.mixes}
     if {"same", "mixed"} & set(args.mixes):
         for i in range(args.adapters):
             names.append(f"a{i}")
@@ -108,10 +115,10 @@ def speeds(base: Any, args: argparse.Namespace) -> dict[str, Any]:
         mixes |= {"same": ["a0"] * args.adapters, "mixed": names}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in args.mixes}
     for name in args.mixes:
-        rates(engine, mixes[name], 8)
+        rates(engine, mixes[name], 8, how[name])
     for _ in range(args.rounds):
         for name in args.mixes:
-            found[name].append(rates(engine, mixes[name], args.tokens))
+            found[name].append(rates(engine, mixes[name], args.tokens, how[name]))
     result: dict[str, Any] = {}
     for name, pairs in found.items():
         result[f"{name}_decode"] = round(statistics.median(decode for decode, _ in pairs), 2)
@@ -136,8 +143,8 @@ def logits_of(base: Any, asked: Sequence[tuple[str | None, list[int]]], adapters
     seen: dict[str, list[torch.Tensor]] = {str(i): [] for i in range(len(asked))}
     run = engine._runner.run
 
-    def recording(*args: Any) -> Any:
-        scores = run(*args)
+    def recording(*args: Any, greedy: bool) -> Any:
+        scores = run(*args)  # all of them, whoever asks for the likeliest alone
         for batch in scores:
             for seq, row in zip(batch.seqs, batch.logits, strict=True):
                 seen[seq.request].append(row.float().clone())
@@ -330,7 +337,9 @@ def main() -> None:
     parser.add_argument("--on-disk", type=int, default=1000)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize")
-    parser.add_argument("--mixes", type=lambda text: text.split(","), default=["base", "same", "mixed", "single"])
+    parser.add_argument(
+        "--mixes", type=lambda text: text.split(","), default=["base", "drawn", "same", "mixed", "single"]
+    )
     rows = {"speeds": speeds, "exact": exact, "memory": memory, "cold": cold, "zipf": zipf}
     parser.add_argument("--only", choices=list(rows), action="append")
     args = parser.parse_args()

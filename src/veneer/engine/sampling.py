@@ -30,7 +30,7 @@ from veneer.ops.native import few
 
 Scores: TypeAlias = npt.NDArray[np.float32]
 _BLOCK = 256
-_EMPTY: Scores = np.empty(0, np.float32)
+_EMPTY: Scores = np.empty((0, 0), np.float32)
 
 
 @dataclass(eq=False)
@@ -121,12 +121,15 @@ class Chooser:
         return np.flatnonzero(self._seen)
 
     def _draw(self, scores: Scores) -> int:
-        """One of the tokens by the weights exp(scores), the largest of which is 1, within top-k, top-p and min-p."""
+        """One of the tokens by the weights exp(scores), the largest of which is 1, within top-k, top-p and min-p.
+
+        Takes the room of `scores`: fresh memory costs more than a pass over it.
+        """
         s = self.sampling
         tokens: npt.NDArray[np.intp] | None = None
         if 0 < s.top_k < len(scores):
             tokens = np.argpartition(scores, -s.top_k)[-s.top_k :]
-        weights = np.exp(scores if tokens is None else scores[tokens])
+        weights = np.exp(scores, out=scores) if tokens is None else np.exp(scores[tokens])
         if s.top_p < 1.0:
             inside = _nucleus(weights, s.top_p)
             tokens, weights = inside if tokens is None else tokens[inside], weights[inside]
@@ -139,10 +142,14 @@ class Chooser:
 def _nucleus(weights: Scores, share: float) -> npt.NDArray[np.intp]:
     """The largest weights that together reach `share` of all, the largest first.
 
-    All that are below their part of the rest come together to less than the rest, so they are not sorted.
+    Those above a bound hold them all where they reach the share, and are the only ones to be sorted. The last bound always
+    will do: what is below its part of the rest comes together to less than the rest.
     """
     total = float(weights.sum(dtype=np.float64))
-    worth = np.flatnonzero(weights >= total * (1 - share) / len(weights))
+    for bound in (0.01, 0.0005, total * (1 - share) / len(weights)):
+        worth = np.flatnonzero(weights >= bound)
+        if weights[worth].sum(dtype=np.float64) >= share * total:
+            break
     order = worth[np.argsort(-weights[worth])]
     largest = weights[order].astype(np.float64)
     return order[: 1 + int(np.searchsorted(largest.cumsum(), share * total))]
@@ -186,16 +193,22 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
     """One token per row of `logits` `[n, vocab]`."""
     plain, finite = _likeliest(logits)
     scores = _EMPTY if all(chooser.greedy for chooser in choosers) else logits.float().cpu().numpy()
+    room = np.empty_like(scores[:1])
     chosen: list[Chosen] = []
     for row, chooser in enumerate(choosers):
         if not finite[row]:
             chosen.append(Chosen(-1, broken=True))
             continue
-        token = plain[row] if chooser.plain else chooser.choose(scores[row].copy())
+        token = plain[row] if chooser.plain else chooser.choose(_copied(scores[row], room[0]))
         logprob = None if chooser.logprobs is None else _logprob(scores[row], token, chooser.logprobs, spell)
         chooser.took(token)
         chosen.append(Chosen(token, logprob))
     return chosen
+
+
+def _copied(scores: Scores, room: Scores) -> Scores:
+    np.copyto(room, scores)
+    return room
 
 
 def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
