@@ -41,7 +41,7 @@ from veneer.server.shelf import Shelf
 PROMPT = 40
 """Tokens of a prompt: about what the chats of the rivals' drivers have."""
 
-DRAWN = Sampling(0.8, top_p=0.95)
+GREEDY, DRAWN = Sampling(), Sampling(0.8, top_p=0.95)
 
 _prompts = itertools.count()
 
@@ -87,7 +87,7 @@ def _bytes(frozen: Any) -> int:
 # -- speeds ------------------------------------------------------------------------------------------------------------
 
 
-def rates(engine: Engine, names: Sequence[str | None], tokens: int, how: Sampling) -> tuple[float, float]:
+def rates(engine: Engine, names: Sequence[str | None], tokens: int, how: Sampling = GREEDY) -> tuple[float, float]:
     """Tokens a second: once every stream decodes, and in all."""
     start = time.perf_counter()
     for name in names:
@@ -107,7 +107,7 @@ def speeds(base: Any, args: argparse.Namespace) -> dict[str, Any]:
     names: list[str | None] = []
     mixes: dict[str, list[str | None]] = {"base": [None] * args.adapters, "single": [None]}
     mixes["drawn"] = mixes["base"]
-    how = {name: DRAWN if name == "drawn" else Sampling() for name in args.mixes}
+    how = {name: DRAWN if name == "drawn" else GREEDY for name in args.mixes}
     if {"same", "mixed"} & set(args.mixes):
         for i in range(args.adapters):
             names.append(f"a{i}")

@@ -96,7 +96,7 @@ def test_penalties_by_their_definitions() -> None:
         chooser.took(token)
     raw = torch.tensor([4.0, -4.0, 4.0, 1.0, 1.0])
     adjusted = raw.numpy().copy()
-    chooser._adjust(adjusted)
+    chooser.adjust(adjusted)
     assert adjusted.tolist() == [2.0, -8.0, 4.0 / 2 - 0.5 - 0.5, 1.0 / 2 - 0.5 - 0.25, 1.0]
 
 

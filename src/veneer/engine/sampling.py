@@ -8,7 +8,8 @@ One number is drawn per token from the row's own generator and looked up in the 
 gives the same answer whatever else is in the batch, as far as the scores are the same. Plain greedy rows are one
 argmax for all.
 
-The surprise: rows are numpy's. On a vocabulary its passes cost a third of torch's, which wakes its threads for each.
+All rows that draw are one call of `native/draw.c`, where there are kernels. Otherwise rows are numpy's: on a vocabulary its
+passes cost a third of torch's, which wakes its threads for each.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from veneer.engine.constraint import Matcher
 from veneer.engine.request import Sampling, TokenLogprob
+from veneer.ops.native import draw as native
 from veneer.ops.native import few
+from veneer.ops.native.draw import Draw
 
 Scores: TypeAlias = npt.NDArray[np.float32]
 _BLOCK = 256
-_EMPTY: Scores = np.empty((0, 0), np.float32)
 
 
 @dataclass(eq=False)
@@ -77,15 +79,22 @@ class Chooser:
 
     def choose(self, scores: Scores) -> int:
         """The next token for `scores` `[vocab]`, which are changed."""
-        self._adjust(scores)
-        if self.sampling.temperature == 0:
-            return int(scores.argmax())
-        # The largest first becomes 0, so that no temperature, however small, makes it infinite; nor is any rounded to 0.
-        temperature = max(self.sampling.temperature, float(np.finfo(np.float32).tiny))
-        scores -= scores.max()
-        with np.errstate(over="ignore"):
-            scores /= np.float32(temperature)
-        return self._draw(scores)
+        self.adjust(scores)
+        return int(scores.argmax()) if self.sampling.temperature == 0 else draw_plainly(scores, self.draw())
+
+    @property
+    def adjusts(self) -> bool:
+        """The scores are changed before a token is chosen by them."""
+        s = self.sampling
+        penalties = s.repetition_penalty != 1.0 or (self.counts and (s.presence_penalty or s.frequency_penalty))
+        return bool(penalties or s.logit_bias or self.matcher is not None or self._too_short)
+
+    def draw(self) -> Draw:
+        """How the next token is to be drawn. Takes a number from the row's generator."""
+        s = self.sampling
+        temperature = max(s.temperature, float(np.finfo(np.float32).tiny))  # which is not rounded to 0
+        draw = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        return Draw(temperature, max(s.top_k, 0), s.top_p, s.min_p, draw)
 
     def took(self, token: int) -> None:
         """`token` is part of the answer now."""
@@ -95,7 +104,8 @@ class Chooser:
         if self.matcher is not None:
             self.matcher.accept(token)
 
-    def _adjust(self, scores: Scores) -> None:
+    def adjust(self, scores: Scores) -> None:
+        """Bias, penalties, minimum length and constraint, in place."""
         s = self.sampling
         if s.logit_bias:
             inside = [(t, b) for t, b in s.logit_bias.items() if 0 <= t < len(scores)]
@@ -120,23 +130,23 @@ class Chooser:
             self._seen[[*self.prompt, *self.counts]] = True
         return np.flatnonzero(self._seen)
 
-    def _draw(self, scores: Scores) -> int:
-        """One of the tokens by the weights exp(scores), the largest of which is 1, within top-k, top-p and min-p.
 
-        Takes the room of `scores`: fresh memory costs more than a pass over it.
-        """
-        s = self.sampling
-        tokens: npt.NDArray[np.intp] | None = None
-        if 0 < s.top_k < len(scores):
-            tokens = np.argpartition(scores, -s.top_k)[-s.top_k :]
-        weights = np.exp(scores, out=scores) if tokens is None else np.exp(scores[tokens])
-        if s.top_p < 1.0:
-            inside = _nucleus(weights, s.top_p)
-            tokens, weights = inside if tokens is None else tokens[inside], weights[inside]
-        if s.min_p > 0:
-            weights[weights < s.min_p] = 0
-        place = _drawn(weights, torch.rand((), generator=self.generator, dtype=torch.float64).item())
-        return place if tokens is None else int(tokens[place])
+def draw_plainly(scores: Scores, how: Draw) -> int:
+    """The place in `scores`, which are changed, that a draw falls on: tokens lie side by side in their order."""
+    scores -= scores.max()  # first, so that no temperature, however small, makes the largest infinite
+    with np.errstate(over="ignore"):
+        scores /= np.float32(how.temperature)
+    tokens: npt.NDArray[np.intp] | None = None
+    if 0 < how.top_k < len(scores):
+        tokens = np.sort(np.argpartition(scores, -how.top_k)[-how.top_k :])
+    weights = np.exp(scores, out=scores) if tokens is None else np.exp(scores[tokens])
+    if how.top_p < 1.0:
+        inside = np.sort(_nucleus(weights, how.top_p))
+        tokens, weights = inside if tokens is None else tokens[inside], weights[inside]
+    if how.min_p > 0:
+        weights[weights < how.min_p] = 0
+    place = _drawn(weights, how.draw)
+    return place if tokens is None else int(tokens[place])
 
 
 def _nucleus(weights: Scores, share: float) -> npt.NDArray[np.intp]:
@@ -192,23 +202,36 @@ def take_all(likeliest: tuple[list[int], list[float]], choosers: Sequence[Choose
 def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:
     """One token per row of `logits` `[n, vocab]`."""
     plain, finite = _likeliest(logits)
-    scores = _EMPTY if all(chooser.greedy for chooser in choosers) else logits.float().cpu().numpy()
-    room = np.empty_like(scores[:1])
+    rows = [] if all(chooser.greedy for chooser in choosers) else list(logits.float().cpu().numpy())
+    tokens = dict(enumerate(plain))
+    drawn: dict[int, Scores] = {}
+    for row, chooser in enumerate(choosers):
+        if not finite[row] or chooser.plain:
+            continue
+        scores = rows[row]
+        if chooser.adjusts:
+            scores = scores.copy()
+            chooser.adjust(scores)
+        if chooser.sampling.temperature > 0:
+            drawn[row] = scores
+        else:
+            tokens[row] = int(scores.argmax())
+    tokens |= zip(drawn, _draw_all(list(drawn.values()), [choosers[row].draw() for row in drawn]), strict=True)
     chosen: list[Chosen] = []
     for row, chooser in enumerate(choosers):
         if not finite[row]:
             chosen.append(Chosen(-1, broken=True))
             continue
-        token = plain[row] if chooser.plain else chooser.choose(_copied(scores[row], room[0]))
-        logprob = None if chooser.logprobs is None else _logprob(scores[row], token, chooser.logprobs, spell)
-        chooser.took(token)
-        chosen.append(Chosen(token, logprob))
+        logprob = None if chooser.logprobs is None else _logprob(rows[row], tokens[row], chooser.logprobs, spell)
+        chooser.took(tokens[row])
+        chosen.append(Chosen(tokens[row], logprob))
     return chosen
 
 
-def _copied(scores: Scores, room: Scores) -> Scores:
-    np.copyto(room, scores)
-    return room
+def _draw_all(rows: Sequence[Scores], draws: Sequence[Draw]) -> list[int]:
+    """The place in each row of scores that its draw falls on; all in one call where there is a kernel."""
+    found = native.draw(rows, draws) if rows else []
+    return [draw_plainly(row.copy(), how) for row, how in zip(rows, draws, strict=True)] if found is None else found
 
 
 def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:

@@ -57,6 +57,8 @@ _SIGNATURES = {
     "plain_rows": "pllpi",
     "largest": "pllppi",
     "sketch_rows": "pllppppi",
+    "draw_room": "li",
+    "draw_rows": "pllppi",
     "likeliest_room": "lli",
     "likeliest": "plpplllpppi",
     "low_rank_rows": "ppllpli",
