@@ -10,7 +10,7 @@
 #include "tile.h"
 
 #define SOON 4096 /* bytes of A asked for before they are needed */
-#define NEXT 64   /* columns of B ahead of those in work */
+#define NEXT 128  /* columns of B ahead of those in work */
 #define BLOCK 256 /* columns that one thread takes at a time: long enough for the CPU to see sixteen streams */
 
 typedef struct {
