@@ -17,7 +17,7 @@
 typedef struct {
     const uint8_t *codes; /* [m / 16][k / 4][16][4], rounded up */
     const float *scale, *error; /* [m], rounded up to 16 */
-    float longest; /* the largest |w| of all rows */
+    float longest; /* no row of W or of the sketch is longer */
 } Sketch;
 
 /* One x: its levels, k high bytes and then k low ones; what codes that are 128 too large add to a sum, negated; the score of one step of

@@ -40,7 +40,7 @@ class Sketch:
 
     codes         uint8 `[m / 16, k / 4, 16, 4]`, the last block filled up
     scale, error  fp32 `[m]`, filled up
-    longest       the length of the longest row
+    longest       no row is longer, neither as it is nor as its bytes have it
     """
 
     weight: Tensor
@@ -96,4 +96,4 @@ def sketch(weight: Tensor) -> Sketch | None:
     )  # fmt: skip
     if not math.isfinite(float(length.sum())):
         return None
-    return Sketch(weight, codes, scale, error, float(length.max()))
+    return Sketch(weight, codes, scale, error, float((length + error).max()))
