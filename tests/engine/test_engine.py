@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -272,6 +273,47 @@ def test_answers_follow_a_schema() -> None:
     assert all(a.text in ("yes", "no") for a in answers[2::3])
     with pytest.raises(VeneerError, match="constraint is refused"):
         running.submit(Request("x", constraint=Constraint("grammar", "start: nonsense_rule")))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "kind, value, stop, text",
+    [("regex", "abc", "b", "a"), ("regex", "", "", ""), ("json_schema", {"type": "object"}, "{", "")],
+)
+def test_a_constraint_that_leaves_nothing_but_the_end_ends_the_answer(
+    kind: str, value: Any, stop: str, text: str, temperature: float
+) -> None:
+    """Whatever min_tokens asks for; and who is beside it goes on."""
+    from veneer.engine import Constraint
+
+    running = engine(with_tokenizer(small_base()))
+    short = Request(
+        "x",
+        constraint=Constraint(kind, value),
+        stop_tokens=tuple(running.base.require_tokenizer().encode(stop)),
+        min_tokens=25,
+        max_tokens=30,
+        sampling=Sampling(temperature, seed=1),
+    )
+    (beside,), (answer,) = running.complete([Request("hello", max_tokens=30, ignore_eos=True), short])
+    assert (answer.text, answer.reason) == (text, "stop")
+    assert beside.usage.completion == 30
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_no_token_may_continue_fails_alone(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.engine import Constraint
+    from veneer.engine.constraint import Matcher
+
+    monkeypatch.setattr(Matcher, "allowed", lambda self, size: np.zeros(size, np.bool_))
+    running = engine(with_tokenizer(small_base()))
+    stuck = Request("x", id="stuck", constraint=Constraint("regex", "abc"), sampling=Sampling(temperature, seed=1))
+    events = list(running.generate([Request("hello", id="beside", max_tokens=9, ignore_eos=True), stuck]))
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.id == "stuck" and "leave no token" in str(failed.error)
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    assert finished.id == "beside" and finished.usage.completion == 9
+    assert not running.busy
 
 
 # -- identity, lifecycle, faults ---------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ from veneer.engine.text import TextStream
 from veneer.errors import Busy, Conflict, FormatError, ResourceError, Unsupported, VeneerError
 from veneer.models.base import Base
 
+NO_TOKEN = "constraint, bias and penalties of this request leave no token of the base's vocabulary to go on with"
+
 
 class Engine:
     """Continuous batching over one base. A 4-bit base is dequantised once: `dequantised_bytes` says what that takes.
@@ -365,6 +367,9 @@ class Engine:
             if choice.broken:
                 who = answer.digest[:12] or "the base"
                 yield self._fail(answer, FormatError(f"adapter {who} gave scores that are not finite"), now)
+                continue
+            if choice.stuck:
+                yield self._fail(answer, Unsupported(NO_TOKEN, help="ask with a looser one, or without"), now)
                 continue
             events, reason = answer.take(choice, now)
             yield from events

@@ -118,10 +118,17 @@ class Chooser:
             tokens = np.fromiter(self.counts, np.int64, len(self.counts))
             counts = np.fromiter(self.counts.values(), scores.dtype, len(self.counts))
             scores[tokens] -= (s.presence_penalty + s.frequency_penalty * counts).astype(scores.dtype)
-        if self._too_short and not (self.matcher is not None and self.matcher.complete):
-            scores[list(self.banned)] = -np.inf
-        if self.matcher is not None:
-            scores[~self.matcher.allowed(len(scores))] = -np.inf
+        if self.matcher is not None or self._too_short:
+            scores[~self._allowed(len(scores))] = -np.inf
+
+    def _allowed(self, vocab: int) -> npt.NDArray[np.bool_]:
+        """What constraint and minimum length let come next. Where together they let nothing, the constraint decides."""
+        allowed = np.ones(vocab, np.bool_) if self.matcher is None else self.matcher.allowed(vocab)
+        if not self._too_short:
+            return allowed
+        longer = allowed.copy()
+        longer[list(self.banned)] = False
+        return longer if longer.any() else allowed
 
     def _seen_in(self, vocab: int) -> npt.NDArray[np.intp]:
         """The tokens of prompt and answer, each once."""
@@ -180,11 +187,16 @@ def _drawn(weights: Scores, draw: float) -> int:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token and, where asked for, its log-probability; `broken` where the scores were not finite."""
+    """A token and, where asked for, its log-probability.
+
+    broken  the scores were not finite
+    stuck   no token of this vocabulary may come next
+    """
 
     token: int
     logprob: TokenLogprob | None = None
     broken: bool = False
+    stuck: bool = False
 
 
 def take_all(likeliest: tuple[list[int], list[float]], choosers: Sequence[Chooser]) -> list[Chosen]:
@@ -205,6 +217,7 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
     rows = [] if all(chooser.greedy for chooser in choosers) else list(logits.float().cpu().numpy())
     tokens = dict(enumerate(plain))
     drawn: dict[int, Scores] = {}
+    stuck: set[int] = set()
     for row, chooser in enumerate(choosers):
         if not finite[row] or chooser.plain:
             continue
@@ -212,15 +225,17 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
         if chooser.adjusts:
             scores = scores.copy()
             chooser.adjust(scores)
-        if chooser.sampling.temperature > 0:
+        if not np.isfinite(scores.max()):
+            stuck.add(row)
+        elif chooser.sampling.temperature > 0:
             drawn[row] = scores
         else:
             tokens[row] = int(scores.argmax())
     tokens |= zip(drawn, _draw_all(list(drawn.values()), [choosers[row].draw() for row in drawn]), strict=True)
     chosen: list[Chosen] = []
     for row, chooser in enumerate(choosers):
-        if not finite[row]:
-            chosen.append(Chosen(-1, broken=True))
+        if not finite[row] or row in stuck:
+            chosen.append(Chosen(-1, broken=not finite[row], stuck=row in stuck))
             continue
         logprob = None if chooser.logprobs is None else _logprob(rows[row], tokens[row], chooser.logprobs, spell)
         chooser.took(tokens[row])
