@@ -85,6 +85,7 @@ def test_of_equal_scores_the_first_are_kept(top_k: int, top_p: float) -> None:
 def test_rows_that_lie_oddly_or_are_none_go_the_plain_way() -> None:
     how = Draw(1.0, 0, 1.0, 0.0, 0.5)
     assert draw([np.zeros((8, 2), np.float32)[:, 0]], [how]) is None
+    assert draw([np.zeros(8, np.float32), np.zeros(7, np.float32)], [how, how]) is None
     assert draw([], []) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.ops.native import build
 from veneer.ops.native.shortlist import Sketch
-from veneer.types import Span
+from veneer.types import Lowered, Override, Span
 
 MB = 1 << 20
 
@@ -92,7 +93,7 @@ def test_a_shortlist_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(build.library() is None, reason="no native kernels on this machine")
 def test_heads_that_no_sketch_speaks_for() -> None:
-    """A soft cap, an adapter on the head."""
+    """A soft cap, a bias, an adapter on the head, a head that an adapter replaces through the embedding that it is tied to."""
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     spans = (Span(0, 3, 0),)
     capped = small_base("gemma2", dtype=torch.bfloat16, hidden_size=64, head_dim=16, final_logit_softcapping=30.0)
@@ -100,6 +101,13 @@ def test_heads_that_no_sketch_speaks_for() -> None:
     base = small_base("llama", dtype=torch.bfloat16, hidden_size=64)
     assert base.decoder.likeliest(hidden, spans, lowered(base, "q_proj")) is not None
     assert base.decoder.likeliest(hidden, spans, lowered(base, "lm_head")) is None
+    base.decoder.groups["head"] = replace(base.decoder.groups["head"], bias=torch.zeros(300))
+    assert base.decoder.likeliest(hidden, (), EMPTY) is None
+    tied = small_base("llama", dtype=torch.bfloat16, hidden_size=64, tie_word_embeddings=True)
+    own = Override(torch.zeros(300, 64, dtype=torch.bfloat16))
+    replaced = tied.bank([Lowered(overrides={"model.embed_tokens.weight": own})])
+    assert tied.decoder.likeliest(hidden, (), EMPTY) is not None
+    assert tied.decoder.likeliest(hidden, spans, replaced) is None
 
 
 def lowered(base: Base, target: str) -> Bank:

@@ -22,6 +22,10 @@ def scores(seed: int, size: int = VOCAB, spread: float = 3.0) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
+def chosen(chooser: Chooser, logits: torch.Tensor) -> int:
+    return choose_all(logits[None], [chooser], str)[0].token
+
+
 def kept(sampling: Sampling, logits: torch.Tensor) -> set[int]:
     """The tokens that may be drawn, by the plain definition."""
     ordered = sorted(range(len(logits)), key=lambda i: -float(logits[i]))
@@ -51,7 +55,7 @@ def test_only_what_the_rules_allow_is_drawn(
     sampling = Sampling(temperature, top_p, top_k, min_p, seed=seed)
     logits = scores(seed)
     chooser = Chooser(sampling, ())
-    drawn = {chooser.choose(logits.numpy().copy()) for _ in range(40)}
+    drawn = {chosen(chooser, logits) for _ in range(40)}
     assert drawn <= kept(sampling, logits)
 
 
@@ -61,7 +65,7 @@ def test_draws_follow_the_distribution(top_p: float, top_k: int) -> None:
     logits = scores(1, 12, 1.0)
     chooser = Chooser(sampling, ())
     count = 4000
-    drawn = Counter(chooser.choose(logits.numpy().copy()) for _ in range(count))
+    drawn = Counter(chosen(chooser, logits) for _ in range(count))
     allowed = sorted(kept(sampling, logits))
     expected = torch.softmax(logits[allowed], 0)
     for token, share in zip(allowed, expected.tolist(), strict=True):
@@ -86,7 +90,7 @@ def test_a_draw_is_where_it_falls_in_the_sum(seed: int, size: int, zeros: float)
 def test_a_flat_distribution_falls_back_to_the_whole_vocabulary() -> None:
     sampling = Sampling(1.0, top_p=0.9, seed=0)
     chooser = Chooser(sampling, ())
-    drawn = {chooser.choose(np.zeros(5000, np.float32)) for _ in range(300)}
+    drawn = {chosen(chooser, torch.zeros(5000)) for _ in range(300)}
     assert len(drawn) > 200
 
 
@@ -103,10 +107,8 @@ def test_penalties_by_their_definitions() -> None:
 def test_bias_and_minimum_length() -> None:
     chooser = Chooser(Sampling(logit_bias={1: 100.0, 3: -100.0, 999: 5.0}), (), minimum=2, banned=(1,))
     logits = torch.tensor([0.0, 0.0, 1.0, 50.0])
-    assert chooser.choose(logits.numpy().copy()) == 2
-    chooser.took(2)
-    chooser.took(2)
-    assert chooser.choose(logits.numpy().copy()) == 1
+    assert [chosen(chooser, logits), chosen(chooser, logits)] == [2, 2]
+    assert chosen(chooser, logits) == 1
 
 
 def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
@@ -124,7 +126,7 @@ def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
 
     assert draws(0) == draws(3)
     other = Chooser(sampling, (), choice=1)
-    assert [other.choose(row.numpy().copy()) for row in logits] != draws(0)
+    assert [chosen(other, row) for row in logits] != draws(0)
 
 
 def test_log_probabilities_are_the_models_own() -> None:
@@ -138,6 +140,15 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert second.token == 7
     assert second.logprob.logprob == pytest.approx(float(logs[1, 7]))
     assert second.logprob.top == ()
+
+
+def test_log_probabilities_of_large_scores_keep_their_digits() -> None:
+    logits = scores(5, 3000) + 300
+    (found,) = choose_all(logits[None], [Chooser(Sampling(), (), logprobs=2)], str)
+    assert found.logprob is not None
+    exact = torch.log_softmax(logits.double(), 0)
+    assert found.logprob.logprob == pytest.approx(float(exact[found.token]), abs=1e-7)
+    assert [v for _, _, v in found.logprob.top] == pytest.approx(exact.topk(2).values.tolist(), abs=1e-7)
 
 
 def test_scores_that_are_not_finite_break_their_own_row_only() -> None:
@@ -154,8 +165,8 @@ def test_a_request_names_all_that_is_wrong_with_it() -> None:
 
 
 def test_settings_at_the_edge_of_their_range_choose_what_is_allowed() -> None:
-    scores = np.array([3.0, 2.0, -1.0, -np.inf], np.float32)
-    assert Chooser(Sampling(temperature=5e-324), ()).choose(scores.copy()) == 0
-    assert Chooser(Sampling(temperature=5e-324, repetition_penalty=0.01), (0,)).choose(scores.copy()) == 0
-    assert Chooser(Sampling(repetition_penalty=100.0, temperature=0.0), (0,)).choose(scores.copy()) == 1
+    scores = torch.tensor([3.0, 2.0, -1.0, -torch.inf])
+    assert chosen(Chooser(Sampling(temperature=5e-324), ()), scores) == 0
+    assert chosen(Chooser(Sampling(temperature=5e-324, repetition_penalty=0.01), (0,)), scores) == 0
+    assert chosen(Chooser(Sampling(repetition_penalty=100.0, temperature=0.0), (0,)), scores) == 1
     assert list(Sampling(repetition_penalty=5e-324).problems())

@@ -54,6 +54,18 @@ def test_it_is_the_largest_of_all_scores_to_the_bit(n: int, m: int, k: int, kind
     assert found == whole(rows, held.weight)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    held = sketched(uneven(3001, 192))
+    x = normal(9, 192, seed=3).bfloat16()
+    alone = held.likeliest(x)
+    torch.set_num_threads(threads)
+    try:
+        assert held.likeliest(x) == alone == whole(x, held.weight)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_of_equal_rows_it_is_the_first() -> None:
     weight = normal(300, 64).bfloat16().repeat(3, 1)
     x = (weight[[7, 299]] * 3).contiguous()
@@ -105,5 +117,7 @@ def test_weights_that_have_no_sketch() -> None:
 def test_a_frozen_weight_is_sketched_once() -> None:
     frozen = DenseFrozen(normal(100, 64).bfloat16())
     assert frozen.sketch is frozen.sketch is not None
-    assert frozen.sketch.nbytes == 112 * (64 + 2 * 4)
+    made = frozen.sketch.nbytes
+    assert made == 112 * (64 + 2 * 4)
+    assert frozen.sketch.likeliest(normal(2, 64).bfloat16()) and frozen.sketch.nbytes > made, "with its room"
     assert DenseFrozen(normal(100, 64)).sketch is None

@@ -77,11 +77,6 @@ class Chooser:
     def _too_short(self) -> bool:
         return bool(self.banned) and self.counts.total() < self.minimum
 
-    def choose(self, scores: Scores) -> int:
-        """The next token for `scores` `[vocab]`, which are changed."""
-        self.adjust(scores)
-        return int(scores.argmax()) if self.sampling.temperature == 0 else draw_plainly(scores, self.draw())
-
     @property
     def adjusts(self) -> bool:
         """The scores are changed before a token is chosen by them."""
@@ -263,11 +258,11 @@ def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
 
 
 def _logprob(scores: Scores, token: int, top: int, spell: Callable[[int], str]) -> TokenLogprob:
-    most = scores.max()
+    most = float(scores.max())  # as a Python float: the subtraction below is not to be rounded to fp32
     total = most + math.log(np.exp(scores - most).sum(dtype=np.float64))
     best: tuple[tuple[int, str, float], ...] = ()
     if top:
         places = np.argpartition(scores, -min(top, len(scores)))[-min(top, len(scores)) :]
         places = places[np.argsort(-scores[places], kind="stable")]
-        best = tuple((i, spell(i), float(scores[i] - total)) for i in places.tolist())
-    return TokenLogprob(token, spell(token), float(scores[token] - total), best)
+        best = tuple((i, spell(i), float(scores[i]) - total) for i in places.tolist())
+    return TokenLogprob(token, spell(token), float(scores[token]) - total, best)

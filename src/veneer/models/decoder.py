@@ -126,10 +126,9 @@ class Decoder:
     def likeliest(self, hidden: Tensor, spans: Sequence[Span], bank: Bank) -> tuple[list[int], list[float]] | None:
         """Where the first of the largest `scores` of each row is, and that score. None where only all of them can tell."""
         head = self.groups["head"]
-        plain = head.bias is None and self.config.logit_softcap is None and isinstance(head.frozen, DenseFrozen)
-        if not plain or self._head_is_adapted(spans, bank):
+        plain = head.bias is None and self.config.logit_softcap is None
+        if not plain or not isinstance(head.frozen, DenseFrozen) or self._head_is_adapted(spans, bank):
             return None
-        assert isinstance(head.frozen, DenseFrozen)
         return None if head.frozen.sketch is None else head.frozen.sketch.likeliest(hidden)
 
     @property

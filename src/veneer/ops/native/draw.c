@@ -1,7 +1,8 @@
 /* Tokens drawn from scores by temperature, top-k, top-p and min-p: one pass over a row, and a few over what is left of it.
  *
  * Nothing is sorted. Which weights are the largest that together reach a number or a sum is found by their bits, eight at a time from the
- * top, as positive numbers and their bits have one order. The plain form is `Chooser.draw` in engine/sampling.py.
+ * top, as positive numbers and their bits have one order. Scores so near each other that their weights are one number count as equal; of
+ * equals the first are the larger. The plain form is `draw_plainly` in engine/sampling.py.
  */
 #include "tile.h"
 #include <math.h>
@@ -119,7 +120,7 @@ static int64_t draw_row(const Draw *d, long m, const Room *room) {
         if (goal >= total) goal = nextafter(total, 0);
         long part = 0;
         for (; (part + 1) * PART < m && goal >= room->sums[part]; part++) goal -= room->sums[part];
-        while (part > 0 && room->sums[part] == 0) part--; /* rounding led beyond the last that has any */
+        for (; part > 0 && room->sums[part] == 0; part--) goal = INFINITY; /* rounding led beyond the last that has any */
         return part * PART + fall(room->weights + part * PART, m - part * PART < PART ? m - part * PART : PART, goal);
     }
     const long most = d->top_k > 0 && d->top_k < m ? d->top_k : m;

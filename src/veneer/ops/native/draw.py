@@ -42,7 +42,8 @@ class _Structure(ctypes.Structure):
 
 def draw(rows: Sequence[npt.NDArray[np.float32]], draws: Sequence[Draw]) -> list[int] | None:
     """The place in each row of scores that its draw falls on. Rows are of one length, without NaN, with a finite number each."""
-    kernels = library() if rows and all(row.flags.c_contiguous for row in rows) else None
+    alike = all(r.flags.c_contiguous and r.dtype == np.float32 and len(r) == len(rows[0]) for r in rows)
+    kernels = library() if rows and alike else None
     if kernels is None:
         return None
     n, m, threads = len(rows), len(rows[0]), team()

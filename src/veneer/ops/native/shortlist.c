@@ -227,11 +227,12 @@ int likeliest(const bf16 *x, long x_row, const char *w, const Sketch *s, long n,
         float *bounds = best + omp_get_thread_num() * line(n);
         Turns t = turns(shares, m, TAKEN);
         int fits = 1;
-        for (long from; fits && (from = next_turn(&t)) >= 0; exchange(bounds, common, n))
+        for (long from; !__atomic_load_n(&full, __ATOMIC_RELAXED) && (from = next_turn(&t)) >= 0; exchange(bounds, common, n)) {
             for (long r = from; r < m && r < from + TAKEN; r += LANES)
                 for (long i = 0; i < n; i += 8)
                     fits &= up_to_eight_x(n - i < 8 ? n - i : 8, s, rows + i, r, m, k, mine + i, bounds + i);
-        if (!fits) __atomic_store_n(&full, 1, __ATOMIC_RELAXED);
+            if (!fits) __atomic_store_n(&full, 1, __ATOMIC_RELAXED); /* for all threads: what they have is of no use */
+        }
 #pragma omp barrier
         if (!__atomic_load_n(&full, __ATOMIC_RELAXED)) {
 #pragma omp for schedule(static, 1)

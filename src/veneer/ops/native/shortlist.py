@@ -52,8 +52,8 @@ class Sketch:
 
     @property
     def nbytes(self) -> int:
-        """What it takes beside the weight."""
-        return self.codes.nbytes + self.scale.nbytes + self.error.nbytes
+        """What it takes beside the weight, with the room that was needed so far."""
+        return self.codes.nbytes + self.scale.nbytes + self.error.nbytes + self._scratch.nbytes
 
     @cached_property
     def _structure(self) -> _Structure:
@@ -62,7 +62,7 @@ class Sketch:
     def likeliest(self, x: Tensor) -> tuple[list[int], list[float]] | None:
         """Which row of the weight has the largest product with each row of x `[n, k]` (the first of them), and that product.
 
-        None where it can't tell: more than `MOST` rows or another dtype, numbers that are not finite, or a thousand rows that
+        None where it can't tell: more than `MOST` rows or another dtype, numbers that are not finite, or thousands of rows that
         come as near to the largest as the sketch is coarse.
         """
         kernels = library()
