@@ -18,7 +18,8 @@ VeneerError                     what was given, what was expected, where; `help`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class VeneerError(Exception):
@@ -98,6 +99,17 @@ class Denied(VeneerError, PermissionError):
 
 class TrainingError(VeneerError, RuntimeError):
     """A run that cannot go on."""
+
+
+def complaint(item: Mapping[str, Any]) -> str:
+    """One entry of a pydantic error's `errors()` as `path: what is wrong`.
+
+    >>> complaint({"loc": ("stop", 3), "msg": "Value error, a stop string must not be empty"})
+    'stop.3: a stop string must not be empty'
+    """
+    path = ".".join(str(step) for step in item["loc"])
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {reason}" if path else reason
 
 
 def listed(problems: Sequence[str], *, limit: int = 20) -> str:

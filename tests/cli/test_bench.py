@@ -175,7 +175,13 @@ def test_what_decides_a_cell_is_in_its_fingerprint(config: Path, tmp_path: Path)
     assert len({cell.fingerprint for cell in cells}) == len({cell.name for cell in cells}) == 5
     again = search_cells(read(config, ["tokens=900", "seeds=5"], config.parent))
     assert [c.fingerprint for c in again] == [c.fingerprint for c in cells], "the search does not hang on the finals"
-    for change in ("search_tokens=401", "train.tokens_per_step=101", "base=other", "methods.lora.method.rank=3"):
+    for change in (
+        "search_tokens=401",
+        "train.tokens_per_step=101",
+        "base=other",
+        "quantize=bf12",
+        "methods.lora.method.rank=3",
+    ):
         changed = search_cells(read(config, [change], config.parent))
         assert changed[0].fingerprint != cells[0].fingerprint
     finals = final_cells(comparison(config), {"lora": 3e-2})
@@ -200,6 +206,7 @@ def test_held_out_rows_are_used_once(config: Path) -> None:
         (["--set", "sedes=2"], "sedes: unknown key; did you mean 'seeds'"),
         (["--methods", "loar"], "'loar': did you mean 'lora'"),
         (["--tokens", "0"], "tokens: "),
+        (["--set", "quantize=bf13"], "quantize: no base format is called 'bf13'; did you mean 'bf12'"),
     ],
 )
 def test_wrong_comparisons_say_what_is_wrong(

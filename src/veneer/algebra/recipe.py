@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.adapter import Adapter, HostSource
 from veneer.algebra._combine import Combination, Others, combination
-from veneer.errors import ConfigError, listed
+from veneer.errors import ConfigError, complaint, listed
 from veneer.registry import did_you_mean
 
 
@@ -73,10 +73,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _problem(error: Any) -> str:
-    where = ".".join(str(step) for step in error["loc"])
     known = list(Entry.model_fields if error["loc"][0] == "adapters" else Recipe.model_fields)
     hint = f" ({did_you_mean(str(error['loc'][-1]), known)})" if error["type"] == "extra_forbidden" else ""
-    return f"{where}: {error['msg']}{hint}"
+    return complaint(error) + hint
 
 
 def digest(recipe: Recipe, adapters: Mapping[str, Adapter]) -> str:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part, Provenance
-from veneer.errors import FormatError, listed
+from veneer.errors import FormatError, complaint, listed
 from veneer.formats.peft_config import check_fields, check_ranked, ranked_config, ranked_fields, target_modules
 from veneer.formats.peft_experts import pack, parameter_of, unpack
 from veneer.formats.peft_names import PREFIX, TOKEN_ROWS, Sorted, natural, sort_keys
@@ -106,7 +106,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     try:
         spec = method(**fields)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        lines = [f"{complaint(item)} (got {item['input']!r})" for item in error.errors()]
         raise _damaged(where, lines) from error
     if form.ranked:
         check_ranked(spec, reading.parts, reading.problems)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from veneer.adapter import Adapter, Part, Probe, Provenance
-from veneer.errors import ConfigError, FormatError, VeneerError, listed
+from veneer.errors import ConfigError, FormatError, VeneerError, complaint, listed
 from veneer.methods import Method, parse
 from veneer.types import HostKind, Site
 
@@ -151,7 +151,7 @@ def _validated(record: type[R], fields: dict[str, Any]) -> R:
     try:
         return record.model_validate(fields)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems = [complaint(item) for item in error.errors()]
         raise FormatError(
             f"{NAME} is not as expected:\n{listed(problems)}", help="update veneer, or delete it"
         ) from error

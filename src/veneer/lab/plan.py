@@ -25,7 +25,16 @@ from veneer import __version__
 from veneer.data import file_digest
 from veneer.errors import ConfigError, listed
 from veneer.registry import did_you_mean
-from veneer.train.config import Section, TrainConfig, apply_override, explain, method_from, read_yaml, resolve_paths
+from veneer.train.config import (
+    BaseFormat,
+    Section,
+    TrainConfig,
+    apply_override,
+    explain,
+    method_from,
+    read_yaml,
+    resolve_paths,
+)
 
 Stage = Literal["search", "final"]
 
@@ -83,7 +92,7 @@ class Comparison(Section):
     """Everything that decides a comparison."""
 
     base: str
-    quantize: Literal["nf4", "nf4-dq", "int8"] | None = None
+    quantize: BaseFormat | None = None
     data: Files
     methods: dict[str, Entry] = Field(min_length=1)
     search_tokens: int = Field(15_000, ge=1, description="training tokens for each rate")

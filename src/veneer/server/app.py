@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.errors import Busy, Denied, VeneerError
+from veneer.errors import Busy, Denied, VeneerError, complaint
 from veneer.server import admin, bodies, openai
 from veneer.server.answers import ERRORS, Health, Readiness, told, told_text
 from veneer.server.keys import require
@@ -153,7 +153,7 @@ async def _ours(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(str(p) for p in e['loc'] if p != 'body')}: {e['msg']}" for e in error.errors()]
+    problems = [complaint(item | {"loc": [step for step in item["loc"] if step != "body"]}) for item in error.errors()]
     first = error.errors()[0]["loc"]
     param = str(first[1]) if len(first) > 1 else None
     return JSONResponse(bodies.error_body("; ".join(problems), "invalid_request_error", param=param), 400)

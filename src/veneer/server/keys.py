@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veneer.errors import Busy, ConfigError, Denied, listed
+from veneer.errors import Busy, ConfigError, Denied, complaint, listed
 
 Action: TypeAlias = Literal["read", "load", "alias"]
 BASE = "base"
@@ -86,7 +86,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         keys = _File.model_validate(value).keys
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems = [complaint(item) for item in error.errors()]
         help = "`veneer serve --new-key NAME` shows an entry"
         raise ConfigError(f"{path} is not a keys file:\n{listed(problems)}", help=help) from error
     names = [key.name for key in keys]

@@ -8,19 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veneer.base import formats
-from veneer.errors import ConfigError, NotFound, listed
+from veneer.errors import ConfigError, NotFound, complaint, listed
 from veneer.methods import METHODS, Method, load_all, parse
 from veneer.registry import did_you_mean
 
 Auto = Literal["auto"]
 YAML_HELP = "close brackets and quotes, and indent with spaces; quote a text that has a colon in it"
 KEYS_HELP = "`veneer train --help` shows every key"
+
+
+def _known_format(value: str) -> str:
+    if value not in (known := formats.load_all()):
+        raise ValueError(f"no base format is called '{value}'; {did_you_mean(value, list(known))}")
+    return value
+
+
+BaseFormat: TypeAlias = Annotated[str, AfterValidator(_known_format)]
+"""A name that is registered in `base/formats`."""
 
 
 class Section(BaseModel):
@@ -77,18 +87,13 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     base: str
-    quantize: str | None = Field(None, description="format of the base's projections: nf4, nf4-dq, int8, bf12, ...")
+    quantize: BaseFormat | None = Field(
+        None, description="format of the base's projections: nf4, nf4-dq, int8, bf12, ..."
+    )
     data: DataConfig
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
     train: TrainConfig = TrainConfig()
     out: Path
-
-    @field_validator("quantize")
-    @classmethod
-    def _known_format(cls, value: str | None) -> str | None:
-        if value is not None and value not in (known := formats.load_all()):
-            raise ValueError(f"no base format is called '{value}'; {did_you_mean(value, list(known))}")
-        return value
 
     def spec(self) -> Method:
         """The method that the `method` section declares."""
@@ -161,6 +166,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             found.append(f"{path}: missing")
         elif item["type"] in ("model_type", "dict_type"):
             found.append(f"{path}: expected a section of keys and values, got {item['input']!r}")
+        elif item["type"] == "value_error":
+            found.append(complaint(item))
         else:
             found.append(f"{path}: {item['msg'].lower()}, got {item['input']!r}")
     return found
