@@ -92,7 +92,7 @@ class Comparison(Section):
     """Everything that decides a comparison."""
 
     base: str
-    quantize: BaseFormat | None = None
+    quantize: BaseFormat = None
     data: Files
     methods: dict[str, Entry] = Field(min_length=1)
     search_tokens: int = Field(15_000, ge=1, description="training tokens for each rate")

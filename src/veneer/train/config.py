@@ -23,14 +23,14 @@ YAML_HELP = "close brackets and quotes, and indent with spaces; quote a text tha
 KEYS_HELP = "`veneer train --help` shows every key"
 
 
-def _known_format(value: str) -> str:
-    if value not in (known := formats.load_all()):
+def _known_format(value: str | None) -> str | None:
+    if value is not None and value not in (known := formats.load_all()):
         raise ValueError(f"no base format is called '{value}'; {did_you_mean(value, list(known))}")
     return value
 
 
-BaseFormat: TypeAlias = Annotated[str, AfterValidator(_known_format)]
-"""A name that is registered in `base/formats`."""
+BaseFormat: TypeAlias = Annotated[str | None, AfterValidator(_known_format)]
+"""A name that is registered in `base/formats`, or None for a base as it is."""
 
 
 class Section(BaseModel):
@@ -87,9 +87,7 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     base: str
-    quantize: BaseFormat | None = Field(
-        None, description="format of the base's projections: nf4, nf4-dq, int8, bf12, ..."
-    )
+    quantize: BaseFormat = Field(None, description="format of the base's projections: nf4, nf4-dq, int8, bf12, ...")
     data: DataConfig
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
     train: TrainConfig = TrainConfig()
