@@ -143,6 +143,7 @@ def round_of(world: World, number: int, long: int) -> None:
     note("int8", int8["single_whole"] / peft["base_1"])
     theirs = first_line(world.peer_python, FIRST_TOKEN_PEER, world.folder)
     note("start", first_line(sys.executable, FIRST_TOKEN, world.folder) / theirs)
+    note("torch", first_line(sys.executable, "import torch; print(torch.__version__)", "") / theirs)
     if number < long:
         theirs = first_line(world.peer_python, FIRST_TOKEN_PEER, world.gguf)
         note("gguf", first_line(sys.executable, FIRST_TOKEN, world.gguf) / theirs)
@@ -192,7 +193,13 @@ def rows_of(found: dict[str, list[float]], rest: dict[str, Any]) -> list[Row]:
             max(2 * bf16["base_from_alone"], 1e-5),
             True,
         ),
-        Row("process start to first token, safetensors", "transformers, same files", found["start"], 0.3, True),
+        Row(
+            "process start to first token, safetensors",
+            f"transformers, same files (`import torch` alone {statistics.median(found['torch']):.2f})",
+            found["start"],
+            0.3,
+            True,
+        ),
         Row("process start to first token, .gguf", "transformers, same file", found["gguf"], 0.3, True),
         Row("`veneer serve` to first streamed token, .gguf", "transformers, same file", found["serve"], 0.3, True),
     ]

@@ -12,7 +12,7 @@
 #define CHUNK 128
 #define WIDEST 256
 #define HEADS 16 /* queries that share a key */
-#define AHEAD 8192 /* bytes of W asked for before they are needed */
+#define AHEAD 8192 /* bytes of W asked for before they are needed: into the second cache, where many can be on their way */
 #define TAKEN 32 /* rows of W that a thread takes at a time */
 #define ROOM (1 << 18) /* bytes of keys and values that are brought to the cache at a time */
 
@@ -131,8 +131,8 @@ INLINE void two_rows(const int n, const int kind, const bf16 *x, long x_row, con
         const int64_t next = (mine.column < other.column ? mine.column : other.column) / 64 * 64, stop = next < k ? next : k;
         for (; j < stop; j += 32 * halves, one += halves * kind, two += halves * kind) {
             for (int half = 0; half < halves; half++) {
-                _mm_prefetch(one + half * kind + AHEAD, _MM_HINT_T0);
-                _mm_prefetch(two + half * kind + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(one + half * kind + AHEAD, _MM_HINT_T1);
+                _mm_prefetch(two + half * kind + AHEAD, _MM_HINT_T1);
             }
             multiply(n, halves, x + j, x_row, weights(kind, one, first), weights(kind, two, second), a, b);
         }

@@ -31,7 +31,7 @@ INLINE void shrink_by(const int q, const int n, const Job *job, long r, long i, 
     for (long j = 0; j < k; j += 32) {
         __m512i ranks[4];
         for (int p = 0; p < q; p++) {
-            _mm_prefetch((const char *)(a + p * k + j) + SOON, _MM_HINT_T0);
+            _mm_prefetch((const char *)(a + p * k + j) + SOON, _MM_HINT_T1);
             ranks[p] = _mm512_loadu_si512(a + p * k + j);
         }
         for (int m = 0; m < n; m++) {
@@ -82,10 +82,10 @@ INLINE void expand_by(const int vectors, const int n, __mmask16 mask, const Job 
             memcpy(&word, h + m * width(job) + r, 4);
             ranks[m] = _mm512_set1_epi32((int)word);
         }
-        _mm_prefetch((const char *)(even + NEXT), _MM_HINT_T0);
-        _mm_prefetch((const char *)(even + NEXT + 32), _MM_HINT_T0);
-        _mm_prefetch((const char *)(odd + NEXT), _MM_HINT_T0);
-        _mm_prefetch((const char *)(odd + NEXT + 32), _MM_HINT_T0);
+        _mm_prefetch((const char *)(even + NEXT), _MM_HINT_T1);
+        _mm_prefetch((const char *)(even + NEXT + 32), _MM_HINT_T1);
+        _mm_prefetch((const char *)(odd + NEXT), _MM_HINT_T1);
+        _mm_prefetch((const char *)(odd + NEXT + 32), _MM_HINT_T1);
         for (int v = 0; v < vectors; v++) {
             const __m512i b = pairs_of(even + 16 * v, odd + 16 * v, v + 1 < vectors ? 0xffff : mask, r + 1 < job->rank);
             for (int m = 0; m < n; m++) sums[m][v] = dot(sums[m][v], b, ranks[m]);

@@ -127,7 +127,7 @@ INLINE int sixteen(const int n, const Sketch *s, const Row *x, long r, long m, l
     __m512i high[8], low[8];
     for (int i = 0; i < n; i++) high[i] = _mm512_setzero_si512(), low[i] = _mm512_set1_epi32(x[i].offset);
     for (long j = 0; j < k; j += 4) {
-        _mm_prefetch((const char *)codes + j * LANES + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + j * LANES + AHEAD, _MM_HINT_T1);
         const __m512i four = _mm512_loadu_si512(codes + j * LANES);
         for (int i = 0; i < n; i++) {
             int32_t words[2];
