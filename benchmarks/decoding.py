@@ -5,7 +5,7 @@
 Every weight and every adapter is read once a step, so no kernel can be quicker than a plain sum over as many bytes; 1.00 is that
 limit. All take turns in one process. With `--against` the kernels of another source tree (the `src` folder of another checkout)
 are compiled too and take their turns on the same memory: pages lie differently in every process, which moves these figures by a
-third and hides what a change is worth. About two minutes. Results go to `results/decoding.json` and `.md`.
+third and hides what a change is worth. Under a minute. Results go to `results/decoding.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def updates(base: Base, rank: int) -> Case:
         size += sum(t.nbytes for pack in packs for t in pack.tensors() if t is not None)
         made = mixed.jobs([(row, 1, pack.factors) for row, pack in enumerate(packs) if pack.factors is not None])
         if made is None or any(pack.factors is None for pack in packs):
-            raise SystemExit("the kernels do not run here: no compiler, or a CPU without AVX512-BF16")
+            raise SystemExit(f"the kernel for updates does not take rank {rank} on {name}")
         frozen = group.frozen
         y, x = (torch.randn(STREAMS, n).to(torch.bfloat16) for n in (frozen.out_features, frozen.in_features))
         jobs.append((made, y, x))
