@@ -71,7 +71,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def scores(base: Base, mix: list[Callable[[Base], Adapter] | None], **settings: Any) -> list[torch.Tensor]:
     """The logits of every step of a batch."""
-    running: Engine = engine(base, limits=Limits(alone=64), **settings)
+    running: Engine = engine(base, limits=Limits(alone=64, chunk=(32, 32)), **settings)
     found: list[torch.Tensor] = []
     original = running._runner.run
 
