@@ -65,6 +65,12 @@ def test_alpaca_becomes_messages() -> None:
     ]
 
 
+def test_an_optional_text_may_be_null() -> None:
+    record = {"instruction": "Add", "input": None, "system": None, "output": "3"}
+    assert messages(record) == [("user", "Add"), ("assistant", "3")]
+    assert "null" in str(problem({"instruction": "Add", "output": None}))
+
+
 def test_text_parts_are_joined_and_pictures_are_refused() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert messages({"messages": [{"role": "user", "content": parts}, TALK[1]]})[0] == ("user", "ab")

@@ -69,6 +69,9 @@ def test_csv_with_quotes_line_breaks_and_json_cells(tmp_path: Path) -> None:
     assert data.load(write(tmp_path, "m.csv", f'messages\n"{cell}"\n')).format == "messages"
     assert data.load(write(tmp_path, "s.csv", "prompt;completion\na;b\n")).format == "prompt/completion"
     assert data.load(write(tmp_path, "t.tsv", "text\tid\na, b\t1\n"))[0].completion == "a, b"  # type: ignore[union-attr]
+    assert data.load(write(tmp_path, "u.tsv", "prompt\tcompletion\ta,b,c\nd\te\t1\n")).ignored == ("a,b,c",)
+    accepted = data.load(write(tmp_path, "n.csv", f'messages,accepted\n"{cell}","[""b"",""c""]"\n'))[0]
+    assert accepted.accepted == ("b", "c")  # type: ignore[union-attr]
 
 
 def test_parquet_gives_rows_and_drops_the_nulls_it_adds(tmp_path: Path) -> None:

@@ -134,6 +134,23 @@ def test_label_figures() -> None:
     assert found["macro_f1"].value == pytest.approx((0 + 2 * 2 / (4 + 2)) / 2)
 
 
+def test_every_accepted_answer_is_a_right_choice() -> None:
+    rows = [{**talk("a", "x"), "accepted": ["long"]}, talk("b", "long"), talk("c", "x"), talk("d", "long")]
+    asked = questions.questions(data.from_records(rows))
+    scores = np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 1.0], [1.0, 3.0]])  # chosen: long, x, x, long
+    found = questions.label_measures(scores, asked, ("long", "x"))
+    assert found["accuracy"].value == 0.75
+    assert found["macro_f1"].value == pytest.approx((2 * 2 / (2 + 3) + 2 * 1 / (2 + 1)) / 2)
+
+
+@pytest.mark.parametrize("answers", [("", "", ""), ("", "", "abc")])
+def test_empty_answers_have_a_loss_and_no_figure_by_the_byte(base: Base, answers: tuple[str, ...]) -> None:
+    rows = data.from_records([talk("q", answer) for answer in answers])
+    found = evaluate(base, {}, rows, settings=QUICK).base
+    assert ("bits_per_byte" in found) == any(answers)
+    assert all(np.isfinite([figure.value, figure.low, figure.high]).all() for figure in found.values())
+
+
 def test_answers_that_are_no_labels() -> None:
     def labels(*answers: str) -> tuple[str, ...]:
         return questions.labels_of(questions.questions(data.from_records([talk("q", answer) for answer in answers])))

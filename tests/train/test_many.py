@@ -71,6 +71,13 @@ def test_entries_are_laid_over_the_shared_keys_with_their_origins(tmp_path: Path
     assert two.config.data.train == (tmp_path / "other.jsonl").resolve()
 
 
+def test_the_command_line_stands_above_the_entries(tmp_path: Path) -> None:
+    one, two = read_runs(write(tmp_path), ["train.seed=9", "method.rank=8"])
+    assert [run.config.train.seed for run in (one, two)] == [9, 9]
+    assert [run.config.method["rank"] for run in (one, two)] == [8, 8]
+    assert two.origins["train.seed"] == two.origins["method.rank"] == "--set"
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [

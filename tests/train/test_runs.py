@@ -192,6 +192,37 @@ def test_resuming_another_configuration_is_refused(base: Base, files: Path, tmp_
         run(base, files, tmp_path / "run", resume=True, max_steps=4, lr=2e-2)
 
 
+def test_resuming_on_a_start_from_other_general_text_is_refused(base: Base, files: Path, tmp_path: Path) -> None:
+    tinylm.folder(tmp_path / "base")
+    for name, start in (("train", 0), ("eval", 100), ("general", 300)):
+        tinylm.chat_rows(tmp_path / f"{name}.jsonl", 30 if name == "train" else 8, start=start)
+    method = LoRA(rank=3, init="corda_kpm")
+    run(base, tmp_path, tmp_path / "run", method, max_steps=4)
+    tinylm.chat_rows(tmp_path / "general.jsonl", 8, start=500)
+    with pytest.raises(VeneerError, match="belongs to another run"):
+        run(base, tmp_path, tmp_path / "run", method, resume=True, max_steps=4)
+
+
+def test_resuming_nothing_says_so(base: Base, files: Path, tmp_path: Path) -> None:
+    first = next(iter(running(base, files, tmp_path / "run", resume=True, max_steps=4)))
+    assert any("begins at step 0" in warning for warning in first.warnings)
+    run(base, files, tmp_path / "other", max_steps=4)
+    again = next(iter(running(base, files, tmp_path / "other", resume=True, max_steps=4)))
+    assert not any("begins at step 0" in warning for warning in again.warnings)
+
+
+def test_memory_is_estimated_for_the_longest_row_whatever_a_pass_holds(base: Base, files: Path, tmp_path: Path) -> None:
+    def needed(out: str, **settings: Any) -> dict[str, int]:
+        first = next(iter(running(base, files, tmp_path / out, max_steps=1, recompute="none", **settings)))
+        assert isinstance(first, Preflight)
+        return dict(first.memory)
+
+    usual, small = needed("one", tokens_per_pass=120), needed("two", tokens_per_pass=1)
+    assert small["activations"] > usual["activations"] / 8
+    with pytest.raises(ResourceError, match="the budget is"):
+        needed("three", tokens_per_step=1, tokens_per_pass="auto", memory=sum(small.values()) - 1000)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     base: Base, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -247,7 +247,7 @@ def _turn(turn: Any, where: str, say: Say) -> Message:
 
 
 def _from_alpaca(record: Record, say: Say) -> Chat | None:
-    texts = _texts(record, ("instruction", "output", "input", "system"), say)
+    texts = _texts(record, ("instruction", "output"), say, ("input", "system"))
     history = record.value.get("history") or []
     pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
@@ -274,14 +274,16 @@ def _from_text(record: Record, say: Say) -> Raw | None:
     return None if texts is None else Raw(record.line, "", texts["text"])
 
 
-def _texts(record: Record, keys: tuple[str, ...], say: Say) -> dict[str, str] | None:
-    """The values of `keys`, all text ("" where an optional one is absent), or None after saying which are not."""
-    wrong = [key for key in keys if key in record.value and not isinstance(record.value[key], str)]
+def _texts(record: Record, keys: tuple[str, ...], say: Say, optional: tuple[str, ...] = ()) -> dict[str, str] | None:
+    """The values of the keys, all text ("" where an optional one is absent or null), or None after saying which are not."""
+    given = {key: record.value[key] for key in (*keys, *optional) if key in record.value}
+    given = {key: value for key, value in given.items() if key in keys or value is not None}
+    wrong = [key for key, value in given.items() if not isinstance(value, str)]
     for key in wrong:
-        value = record.value[key]
+        value = given[key]
         hint = " (a list of messages belongs under 'messages')" if isinstance(value, list) else ""
         say(f"'{key}' is {json_type(value)}, expected text{hint}")
-    return None if wrong else {key: record.value.get(key, "") for key in keys}
+    return None if wrong else {key: given.get(key, "") for key in (*keys, *optional)}
 
 
 FORMATS: dict[str, Format] = {

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
@@ -273,6 +274,6 @@ READERS: dict[str, Reader] = {
     ".ndjson": _json_lines,
     ".json": _json_object,
     ".csv": read_csv,
-    ".tsv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
 }

@@ -21,7 +21,7 @@ UTF8_HELP = "save the file as UTF-8 (iconv -f latin1 -t UTF-8, if it is Latin-1)
 HALF_WRITTEN = "it looks half-written: copy or make the file again"
 REPAIR_HELP = "repair these rows or take them out, then run the same command again"
 SPLIT_HELP = "split long documents into rows that fit max_length, one JSON object a line"
-JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "history"})
+JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "history", "accepted"})
 
 
 @dataclass(frozen=True, slots=True)

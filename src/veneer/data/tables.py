@@ -15,13 +15,13 @@ from veneer.data.records import DECODER, HALF_WRITTEN, JSON_COLUMNS, MAX_ROW_BYT
 from veneer.errors import DataError, Unsupported
 
 
-def read_csv(file: BufferedReader, problems: Problems) -> Iterator[Record]:
-    """Rows of a table with a header. Cells of `messages`, `conversations`, `tools` and `history` hold JSON."""
+def read_csv(file: BufferedReader, problems: Problems, delimiter: str = "") -> Iterator[Record]:
+    """Rows of a table with a header. Cells of `messages`, `conversations`, `tools`, `history` and `accepted` hold JSON."""
     text = whole_text(file, problems)
     if problems.count:
         return
     first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = delimiter or max(",;\t", key=first.count)
     limit = csv.field_size_limit(MAX_ROW_BYTES)
     try:
         yield from _table(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)

@@ -56,7 +56,8 @@ def ratio(numerator: Floats, denominator: Floats | None = None) -> Measure:
 
 def quotient(totals: Floats) -> Floats:
     """First total over second."""
-    found: Floats = totals[..., 0] / totals[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = totals[..., 0] / totals[..., 1]
     return found
 
 
@@ -72,7 +73,9 @@ def change(measure: Measure, reference: Measure, seed: int, resamples: int) -> I
 
 
 def _interval(value: float, drawn: Floats) -> Interval:
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    """Draws without a figure, as a ratio has none where every row drawn adds 0 below, are left out."""
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (value, value)
     return Interval(value, float(low), float(high))
 
 

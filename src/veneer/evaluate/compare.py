@@ -185,8 +185,10 @@ def _encoded(work: _Work, rows: Rows, on_too_long: OnTooLong) -> Dataset:
 def _loss_measures(losses: RowLosses, dataset: Dataset) -> dict[str, Measure]:
     nll, weight = losses.nll.numpy(), losses.weight.numpy()
     loss = ratio(nll, weight)
-    bits = ratio(nll / math.log(2), dataset.bytes.astype(np.float64))
-    return {"loss": loss, "perplexity": Measure(loss.sums, _perplexity), "bits_per_byte": bits}
+    found = {"loss": loss, "perplexity": Measure(loss.sums, _perplexity)}
+    if dataset.bytes.any():  # answers may be empty, all of them
+        found["bits_per_byte"] = ratio(nll / math.log(2), dataset.bytes.astype(np.float64))
+    return found
 
 
 def _perplexity(totals: Floats) -> Floats:

@@ -120,14 +120,17 @@ def label_scores(
 
 
 def label_measures(scores: Floats, asked: Sequence[Question], labels: Sequence[str]) -> Mapping[str, Measure]:
-    """accuracy, accuracy_norm (by bytes) and macro_f1 (of the raw choice)."""
-    right = np.array([labels.index(question.accepted[0]) for question in asked])
+    """accuracy, accuracy_norm (by bytes) and macro_f1 (of the raw choice). Every accepted answer is right."""
+    right = np.array([[label in question.accepted for label in labels] for question in asked])
+    first = np.array([labels.index(question.accepted[0]) for question in asked])
     sizes = np.array([max(1, len(label.encode())) for label in labels])
     raw, normed = scores.argmin(axis=1), (scores / sizes).argmin(axis=1)
-    chosen, wanted = np.eye(len(labels))[raw], np.eye(len(labels))[right]
+    every = np.arange(len(asked))
+    wanted = np.eye(len(labels))[np.where(right[every, raw], raw, first)]
+    chosen = np.eye(len(labels))[raw]
     return {
-        "accuracy": ratio((raw == right).astype(np.float64)),
-        "accuracy_norm": ratio((normed == right).astype(np.float64)),
+        "accuracy": ratio(right[every, raw].astype(np.float64)),
+        "accuracy_norm": ratio(right[every, normed].astype(np.float64)),
         "macro_f1": Measure(np.concatenate([chosen, wanted, chosen * wanted], axis=1), _macro_f1),
     }
 

@@ -42,6 +42,12 @@ TOKENS = 16_384
 """Tokens to look at. PCA and mean gradients of these bases settle well before."""
 
 
+def begins_with_general_text(spec: Method) -> bool:
+    """Whether the start of an adapter hangs on text beside the task's."""
+    load_inits()
+    return isinstance(spec, LowRankMethod) and GENERAL in needs(spec.init)
+
+
 def calibrate(
     base: Base,
     spec: Method,

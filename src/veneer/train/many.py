@@ -39,11 +39,14 @@ def read_runs(path: Path, overrides: Sequence[str] = (), out: Path | None = None
         raise ConfigError(
             f"{path}: runs must be a list of sections, one for each run", help="as runs: [{out: runs/a}, {out: runs/b}]"
         )
+    shared = [override for override in overrides if not override.startswith("runs")]
     resolved = []
     for number, entry in enumerate(entries):
         merged = _laid_over(values, entry)
         places = {k: v for k, v in origins.items() if not k.startswith("runs.")}
         places |= {k: f"{path.name} runs[{number}]" for k in _leaves(entry)}
+        for override in shared:
+            apply_override(override, merged, places)
         if out is not None:
             merged["out"] = str(out if len(entries) == 1 else out / Path(str(merged.get("out", number))).name)
             places["out"] = "--out"

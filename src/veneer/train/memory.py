@@ -48,7 +48,7 @@ def fit_memory(base: Base, spec: Method, config: TrainConfig, dataset: Dataset) 
     for tokens in _pass_sizes(config, longest):
         for blocks in _recompute_choices(base, spec, config):
             work = Work(
-                tokens,
+                max(tokens, longest),  # a longer row stands alone in its pass
                 share,
                 str(base.dtype).removeprefix("torch."),
                 base.quantize,

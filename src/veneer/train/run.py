@@ -39,7 +39,7 @@ from veneer.models.bank import Dropout
 from veneer.models.base import Base
 from veneer.ops.scratch import keep_freed_memory
 from veneer.train import checkpoint, tensorboard
-from veneer.train.calibrate import calibrate, spread
+from veneer.train.calibrate import begins_with_general_text, calibrate, spread
 from veneer.train.checkpoint import Cursor, write_bytes, write_json
 from veneer.train.config import Resolved, TrainConfig
 from veneer.train.events import Evaluation, Event, Preflight, Step
@@ -96,7 +96,10 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     if resume and checkpoint.exists(saved):
         run.cursor = checkpoint.read(saved, run.parameters, run.optimizer, generators, mark, run.regime)
     run.cursor.fingerprint = mark
-    ready = preflight(base, task.spec, task.dataset, run, sizes, task.notes)
+    notes = task.notes
+    if resume and not run.cursor.step:
+        notes = (*notes, f"there is nothing to resume in {folder}: the run begins at step 0")
+    ready = preflight(base, task.spec, task.dataset, run, sizes, notes)
     yield ready
     writer = _Writer(folder, base, task, generators)
     writer.begin(run, ready)
@@ -145,10 +148,11 @@ def provenance(base: Base, task: Task) -> Provenance:
 def fingerprint(base: Base, task: Task) -> str:
     """SHA-256 of everything that decides the numbers of a run."""
     free = {"save_every", "memory", "tensorboard"}
+    start = task.general if begins_with_general_text(task.spec) else None
     decisive = {
         "method": {"kind": task.spec.kind} | task.spec.model_dump(mode="json"),
         "train": {k: v for k, v in task.config.model_dump(mode="json").items() if k not in free},
-        "data": [content_digest(d) for d in (task.dataset, task.held_out) if d is not None],
+        "data": [content_digest(d) for d in (task.dataset, task.held_out, start) if d is not None],
         "base": base.identity,
         "dtype": str(base.dtype),
         "quantize": base.quantize,
