@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_combine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "dare_ties" in capsys.readouterr().out
 
 
+def test_combining_overwrites_nothing_and_ignores_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(place / "a"), str(place / "b")
+    before = Adapter.load(a).digest
+    assert run(["combine", f"{a}=1", f"{b}=-1", "--out", a]) != 0
+    assert "already there" in capsys.readouterr().err and Adapter.load(a).digest == before
+    recipe = place / "plain.yaml"
+    recipe.write_text("rule: cat\nadapters: {one: {path: a, weight: 2.0}, two: {path: b}}\n")
+    assert run(["combine", str(recipe), "--rank", "1", "--rule", "ties", "--out", str(place / "new")]) == 2
+    assert "--rule, --rank would have no effect" in capsys.readouterr().err
+    assert not (place / "new").exists()
+
+
 def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(place / "a"), "--json"]) == 0
     facts = told(capsys)
@@ -171,6 +184,11 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "--format", "vllm", "--adapter", a, "--out", str(place / "vllm")]) == 0
     assert "--max-lora-rank 8" in capsys.readouterr().out
     assert run(["export", "--for", "vllm", "--adapter", a]) == 0
+    invoked = Adapter.load(a)
+    invoked = replace(invoked, spec=invoked.spec.model_copy(update={"invocation": (5, 6)}))  # type: ignore[attr-defined]
+    invoked.save(place / "invoked")
+    assert run(["export", "--format", "vllm", "--adapter", str(place / "invoked"), "--out", str(place / "no")]) == 1
+    assert "aLoRA" in capsys.readouterr().err
     assert run(["export", "--for", "sglang", "--adapter", a]) == 0
     assert run(["export", "--for", "tgi", "--adapter", a]) == 2
     assert run(["export", "--format", "ollama", "--base", base, "--adapter", a, "--out", str(place / "o")]) == 1

@@ -95,6 +95,8 @@ def test_what_a_file_cannot_say_is_refused(tmp_path: Path) -> None:
     dora = trained(base, methods.parse({"kind": "dora", "rank": 2}))
     with pytest.raises(TargetError, match="dora at model") as refusal:
         export_adapter(dora, base.hf_config, tmp_path / "a.gguf")
+    with pytest.raises(TargetError, match="aLoRA"):
+        export_adapter(trained(base, LoRA(rank=2, invocation=(5, 6))), base.hf_config, tmp_path / "a.gguf")
     assert "merges it" in (refusal.value.help or "")
     for target in ("model.embed_tokens", "lm_head"):
         with pytest.raises(TargetError, match=target):

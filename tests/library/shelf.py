@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sqlalchemy import make_url
 
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.library.blobs import Blobs
@@ -48,7 +49,7 @@ def folder(path: Path, seed: int = 0, **changes: Any) -> Path:
 def library_on(file_system: Any, root: str, database: str) -> Library:
     """A library on a file system made by a test."""
     library = Library(root if file_system.protocol[0] == "file" else f"memory://{root}#{database}")
-    library._place = Place(Blobs(file_system, root), database)
+    library._place = Place(Blobs(file_system, root), make_url(database))
     return library
 
 

@@ -85,6 +85,43 @@ def test_refusals_have_codes_and_a_way_out(veneer: Shell) -> None:
     veneer("record x", code=2)
 
 
+def test_a_bad_alias_is_refused_before_anything_is_added(veneer: Shell) -> None:
+    veneer("add a --name other")
+    assert run(["library", "add", "b", "--name", "tickets", "--alias", "Bad Alias"]) == 2
+    assert veneer.json("list tickets") == []
+
+
+def test_what_a_refusal_advises_is_a_command(veneer: Shell) -> None:
+    veneer("add a --name tickets")
+    veneer("alias tickets@1 production --demand general_loss=0.1", code=1)
+    advised = veneer.errors.split("`veneer library ")[1].split("`")[0]
+    veneer(advised.replace("NAME=VALUE", "general_loss=2.5"))
+    veneer("alias tickets@1 production --demand general_loss=0.1")
+
+
+def test_an_adapter_that_is_there_takes_new_metrics(veneer: Shell) -> None:
+    veneer("add a --name tickets")
+    veneer("add a --name tickets --metric f1=0.5 --note late")
+    assert "tickets@1 already" in veneer.errors and "the note" in veneer.errors
+    assert veneer.json("show tickets")["metrics"] == {"f1": 0.5}
+
+
+def test_what_rebuild_left_out_is_collected_only_when_asked(veneer: Shell, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    veneer("add a --name tickets")
+    files = {file["path"]: file["blob"] for file in veneer.json("show tickets")["files"]}
+    lost = files["adapter_config.json"]
+    (library / "blobs" / lost[:2] / lost).unlink()
+    for file in library.glob("catalogue.sqlite*"):
+        file.unlink()
+    assert "gc --unknown" in veneer.json("rebuild")["left_out"][0]
+    assert "tickets@1 (--unknown deletes" in veneer("gc")
+    assert "tickets@1 is not in the catalogue" in veneer("verify", code=1)
+    found = veneer.json("gc --unknown")
+    assert (found["blobs"], found["manifests"], found["kept"]) == (2, 1, [])
+    veneer("verify")
+
+
 def test_verify_fails_with_code_1_and_rebuild_repairs(veneer: Shell, tmp_path: Path) -> None:
     veneer("add a --name tickets")
     manifest = tmp_path / "library" / "manifests" / "tickets" / "1.json"

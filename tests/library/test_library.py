@@ -51,6 +51,40 @@ def test_the_same_adapter_is_the_same_version_and_shares_its_bytes(library: Libr
     }
 
 
+def test_what_is_given_with_an_adapter_that_is_there_is_kept_or_named(library: Library, tmp_path: Path) -> None:
+    source = folder(tmp_path / "a")
+    library.add(make(1), "other")
+    library.add(source, "tickets", metrics={"loss": 2.0}, note="first")
+    library.record("tickets", {"loss": 1.5})
+    (source / "README.md").write_text("a card")
+    again = library.add(source, "tickets", metrics={"f1": 0.5}, note="second", parents=["other@1"])
+    assert again.version.ref == "tickets@1"
+    assert library.show("tickets").metrics == {"f1": 0.5, "loss": 1.5}
+    dropped, recorded = again.notes[1:]
+    assert "not kept" in dropped and make(1).digest[:12] in dropped and "the note" in dropped and "README.md" in dropped
+    assert recorded == "recorded for it: f1"
+    library.add(source, "tickets", metrics={"loss": 1.0})
+    assert library.show("tickets").metrics == {"f1": 0.5, "loss": 1.0}
+    assert len(library.add(source, "tickets", metrics={"loss": 1.0}, note="first").notes) == 2  # README.md, as before
+
+
+def test_another_chat_template_is_another_version(library: Library, tmp_path: Path) -> None:
+    """The digest is the same, but a served chat is not."""
+    source = folder(tmp_path / "a")
+    template = source / "chat_template.jinja"
+    for text in ("{{ 'one' }}", "{{ 'two' }}"):
+        template.write_text(text)
+        assert library.add(source, "tickets").new
+    assert refs(library.list()) == ["tickets@1", "tickets@2"]
+    assert library.load("tickets@1").provenance.chat_template == "{{ 'one' }}"
+    assert library.show("tickets@2").provenance["chat_template"] == "{{ 'two' }}"
+    template.write_text("{{ 'one' }}")
+    assert library.add(source, "tickets").version.ref == "tickets@1"
+    template.unlink()
+    assert library.add(source, "tickets").version.ref == "tickets@3"
+    assert library.verify().is_clean
+
+
 def test_a_resaved_copy_is_recognised_by_its_digest(library: Library, tmp_path: Path) -> None:
     source = folder(tmp_path / "a")
     library.add(source, "tickets")
@@ -169,6 +203,22 @@ def test_a_dropped_alias_comes_back_with_its_weight(library: Library) -> None:
     assert library.rollback("tickets", "canary").weight == 0.25
 
 
+def test_a_rollback_takes_no_more_traffic_than_there_is(library: Library) -> None:
+    for seed in range(3):
+        library.add(make(seed), "tickets")
+    library.alias("tickets@1", "production")
+    library.alias("tickets@2", "canary", weight=0.9)
+    library.unalias("tickets", "canary")
+    library.alias("tickets@3", "beta", weight=0.9)
+    before = library.aliases("tickets")
+    with pytest.raises(ConfigError, match=r"got 0\.9 for canary, others have 0\.9") as refused:
+        library.rollback("tickets", "canary")
+    assert "the others leave 0.1" in (refused.value.help or "") and "--weight" in (refused.value.help or "")
+    assert library.aliases("tickets") == before
+    library.alias("tickets@3", "beta", weight=0.1)
+    assert library.rollback("tickets", "canary").weight == 0.9
+
+
 def test_moving_to_where_it_is_adds_no_history(library: Library) -> None:
     library.add(make(), "tickets")
     first = library.alias("tickets@1", "canary", weight=0.1)
@@ -234,6 +284,16 @@ def test_new_demands_fail_together_with_the_move(library: Library) -> None:
     with pytest.raises(Conflict, match="worse"):
         library.alias("tickets@2", "production", demands=[Demand("loss", "lower")])
     assert library.alias("tickets@2", "production", demands=[Demand("loss", "higher")]).version == 2
+
+
+def test_a_margin_is_the_decimals_that_were_written(library: Library) -> None:
+    library.add(make(0), "tickets", metrics={"general_loss": 2.29})
+    library.add(make(1), "tickets", metrics={"general_loss": 2.31})  # 2.31 - 2.29 > 0.02 in binary
+    library.add(make(2), "tickets", metrics={"general_loss": 2.3301})
+    library.alias("tickets@1", "production", demands=[Demand.parse("general_loss=0.02")])
+    assert library.alias("tickets@2", "production").version == 2
+    with pytest.raises(Conflict, match="worse than"):
+        library.alias("tickets@3", "production")
 
 
 @pytest.mark.parametrize("text", ["novelty=0.1", "loss:sideways", "loss=abc", "loss=-1", "loss=inf", "=1", "a b=1"])

@@ -19,8 +19,9 @@ from sqlalchemy import Connection, create_engine, event, inspect, text
 from tests.library.shelf import files_under, folder, library_on, make, refs, sqlite_at
 from tests.unprivileged import obeying_permissions
 from veneer.errors import ConfigError, Conflict, FormatError, NotFound, ResourceError, Unsupported
-from veneer.library import Demand, Library, migrations, tables
-from veneer.library.catalogue import Catalogue
+from veneer.library import Demand, Library, migrations, tables, upkeep
+from veneer.library.aliases import REMEMBERED
+from veneer.library.catalogue import Catalogue, sqlite_url
 from veneer.library.manifest import State, unseal
 from veneer.library.migrations import STEPS, migrate, schema_version
 
@@ -143,6 +144,8 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
     root = tmp_path / "library"
     library = Library(root)
     library.add(make(), "tickets")
+    library.record("tickets@1", {"loss": 1.0})
+    library.alias("tickets@1", "production")
     for name in sorted(files_under(root)):
         kept = (root / name).read_bytes()
         _flip(root / name)
@@ -238,6 +241,109 @@ def test_rebuild_leaves_out_what_is_damaged_and_says_so(tmp_path: Path) -> None:
     assert any("tickets@3 has lost" in line for line in rebuilt.left_out)
     assert any("tickets@production pointed to version 3" in line for line in rebuilt.left_out)
     assert refs(Library(root).list()) == ["tickets@1"]
+    tensors = root / "manifests" / "tickets" / "3.json"
+    assert Library(root).gc().kept == ("tickets@3",) and tensors.exists()
+    assert Library(root).add(make(9), "letters").version.ref == "letters@2"  # the damaged manifest of letters@1 stays
+
+
+def test_a_damaged_measurement_takes_no_weights_along(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = Library(root)
+    for seed in range(3):
+        library.add(make(seed), "tickets", metrics={"loss": 2.0})
+    library.record("tickets@1", {"loss": 1.0})
+    library.close()
+    later = root / "manifests" / "tickets" / "1.metrics.json"
+    later.write_bytes(later.read_bytes()[:-20])
+    _lose(root)
+    rebuilt = library.rebuild()
+    assert rebuilt.versions == 3
+    assert (
+        "1.metrics.json" in rebuilt.left_out[0] and "tickets@1 has the metrics it was added with" in rebuilt.left_out[0]
+    )
+    assert library.gc().blobs == 0
+    assert library.load("tickets@1").digest == make(0).digest
+    assert library.show("tickets@1").metrics == {"loss": 2.0}
+
+
+def test_a_lost_readme_takes_no_weights_along(tmp_path: Path) -> None:
+    root, source = tmp_path / "library", folder(tmp_path / "a")
+    (source / "README.md").write_text("a card")
+    library = Library(root)
+    library.add(source, "tickets")
+    readme = _blob_of(root, library, "README.md")
+    library.close()
+    readme.unlink()
+    _lose(root)
+    rebuilt = library.rebuild()
+    assert (rebuilt.versions, library.gc().blobs) == (1, 0)
+    assert "tickets@1 has lost README.md; the adapter itself is whole" in rebuilt.left_out
+    assert library.load("tickets").digest == make().digest
+    assert (library.checkout("tickets", tmp_path / "out") / "adapter_model.safetensors").exists()
+    assert library.verify().is_clean
+
+
+def test_gc_keeps_what_a_manifest_names_and_the_catalogue_does_not_know(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = _rich(root)
+    library.gc()  # what was removed on purpose
+    config = _blob_of(root, library, "adapter_config.json")
+    library.close()
+    kept = config.read_bytes()
+    config.unlink()  # all of them share it
+    _lose(root)
+    assert library.rebuild().versions == 0
+    before = files_under(root)
+    found = library.gc()
+    assert found.kept == ("letters@1", "tickets@1", "tickets@3")
+    assert files_under(root) == before
+    library.close()
+    config.write_bytes(kept)
+    _lose(root)
+    assert library.rebuild().versions == 3
+    assert library.load("tickets@1").digest == make(0).digest
+    assert library.verify().is_clean
+
+
+def test_a_busy_alias_takes_no_others_history(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    library = Library(root)
+    library.add(make(0), "tickets")
+    library.add(make(1), "tickets")
+    for version in (1, 2):
+        library.alias(f"tickets@{version}", "production")
+    library._place.blobs.write = lambda *_, **__: None  # type: ignore[method-assign]  # the last state record is enough
+    for step in range(REMEMBERED + 10):
+        library.alias(f"tickets@{1 + step % 2}", "canary")
+    del library._place.blobs.write  # type: ignore[method-assign]
+    library.alias("tickets@1", "zeta")
+    history = library.history("tickets", "production")
+    library.close()
+    _lose(root)
+    library.rebuild()
+    assert library.history("tickets", "production") == history
+    assert len(library.history("tickets", "canary")) == REMEMBERED
+    assert library.rollback("tickets").version == 1
+
+
+def test_a_removed_version_stays_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remove that is killed right after its commit leaves the records; a rebuild must not bring the version back."""
+    root = tmp_path / "library"
+    library = Library(root)
+    for seed in range(3):
+        library.add(make(seed), "tickets")
+    monkeypatch.setattr(upkeep, "remove_records", lambda *_: None)
+    library.remove("tickets@2")
+    library.close()
+    _lose(root)
+    rebuilt = library.rebuild()
+    assert (rebuilt.versions, refs(library.list())) == (2, ["tickets@1", "tickets@3"])
+    assert "2.json is still there" in rebuilt.left_out[0]
+    assert library.verify().is_clean
+    found = library.gc()
+    assert (found.manifests, found.blobs, found.kept) == (1, 2, ())
+    assert unseal(State, (root / "manifests" / "tickets" / "state.json").read_bytes(), "here").removed == ()
+    assert library.add(make(1), "tickets").version.ref == "tickets@4"
 
 
 def test_a_sound_catalogue_is_not_replaced(tmp_path: Path) -> None:
@@ -303,9 +409,11 @@ def test_blobs_elsewhere_and_a_database_of_its_own(elsewhere: Library, tmp_path:
     assert elsewhere.verify().is_clean and elsewhere.verify().orphans == 0
     elsewhere.close()
     (tmp_path / "shared.sqlite").unlink()
+    (tmp_path / "shared.sqlite-wal").write_bytes(b"left over")
     with pytest.raises(NotFound, match="is gone"):
         elsewhere.list()
     assert elsewhere.rebuild().versions == 1
+    assert (tmp_path / "shared.sqlite-wal.damaged-1").read_bytes() == b"left over"
     assert elsewhere.resolve("tickets").version == 1
 
 
@@ -318,6 +426,21 @@ def test_damage_elsewhere_is_found(elsewhere: Library) -> None:
     assert not elsewhere.verify().is_clean
     with pytest.raises(FormatError):
         elsewhere.load("tickets")
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%41b", "a%2Fb?mode=ro", "a&b=c", "a b"])
+def test_a_catalogue_is_in_its_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    library = Library(tmp_path / name)
+    library.add(make(), "tickets")
+    assert (tmp_path / name / "catalogue.sqlite").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    library.close()
+    _lose(tmp_path / name)
+    assert library.rebuild().versions == 1
+    _read_only(tmp_path / name)
+    with obeying_permissions():
+        assert refs(Library(tmp_path / name).list()) == ["tickets@1"]
+    _writable(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +456,7 @@ def test_bad_places(url: str) -> None:
 
 
 def test_queries_and_migrations_agree(tmp_path: Path) -> None:
-    catalogue = Catalogue(f"sqlite:///{tmp_path / 'c.sqlite'}")
+    catalogue = Catalogue(sqlite_url(tmp_path / "c.sqlite"))
     assert catalogue.upgrade() == len(STEPS)
     assert catalogue.upgrade() == 0
     found = inspect(catalogue.engine)
@@ -364,13 +487,13 @@ def test_every_earlier_schema_is_brought_up(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(migrations, "STEPS", (*STEPS, _step_2))
     monkeypatch.setattr(migrate, "__defaults__", ((*STEPS, _step_2),))
     library = Library(tmp_path / "library")
-    if earlier == 0:
+    if earlier < len(STEPS):
         library.add(make(), "tickets")
     assert refs(library.list()) == ["tickets@1"]
     with library._catalogue().read() as connection:
         assert schema_version(connection) == len(STEPS) + 1
         colours = connection.execute(text("SELECT colour FROM versions")).scalars().all()
-    assert colours == ([None] if earlier == 0 else ["grey"])
+    assert colours == (["grey"] if earlier == len(STEPS) else [None])
 
 
 def test_a_failed_migration_changes_nothing(tmp_path: Path) -> None:
@@ -411,3 +534,107 @@ def test_a_library_that_cannot_be_written(tmp_path: Path) -> None:
         Library(root).add(make(1), "tickets")
     root.chmod(0o755)
     shutil.rmtree(root)
+
+
+def _read_only(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def _writable(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["closed", "open elsewhere"])
+@pytest.mark.parametrize("may_link", [True, False], ids=["link", "copy"])
+def test_a_library_that_can_only_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_open: bool, may_link: bool
+) -> None:
+    root = tmp_path / "library"
+    owner = _rich(root)
+    expected = _everything(owner)
+    if not is_open:
+        owner.close()
+    _read_only(root)
+    before = files_under(root)
+    reader = Library(root)
+    with obeying_permissions():
+        if not may_link:
+            monkeypatch.setattr(os, "link", _no_link)
+        assert _everything(reader) == expected
+        assert reader.load("tickets").digest == make(2).digest
+        assert reader.checkout("tickets", tmp_path / "out").is_dir()
+        assert reader.verify().is_clean and reader.revision() > 0
+        changes = (
+            lambda: reader.add(make(9), "tickets"),
+            lambda: reader.alias("tickets@1", "production"),
+            lambda: reader.record("tickets@1", {"loss": 1.0}),
+            lambda: reader.remove("letters@1"),
+            reader.gc,
+        )
+        for change in changes:
+            with pytest.raises(ResourceError) as refused:
+                change()
+            assert "read-only" in refused.value.message or "cannot be written" in refused.value.message
+            assert "owner" in (refused.value.help or "")
+    assert files_under(root) == before
+    _writable(root)
+
+
+def _no_link(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_reader_without_write_permission_sees_what_the_owner_changes(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    owner = Library(root)
+    owner.add(make(0), "tickets")
+    owner.close()
+    _read_only(root)
+    reader = Library(root)
+    with obeying_permissions():
+        seen = [reader.revision()]
+    _writable(root)
+    for seed in (1, 2):
+        owner.add(make(seed), "tickets")
+        if seed == 2:
+            owner.close()
+        with obeying_permissions():
+            seen.append(reader.revision())
+    assert seen == sorted(set(seen))
+    assert refs(reader.list()) == ["tickets@1", "tickets@2", "tickets@3"]
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_read_only_copy_of_a_library_in_use(tmp_path: Path, has_index: bool) -> None:
+    """Its log holds what the catalogue doesn't yet: read as well, or refused, and never passed over."""
+    owner, root = Library(tmp_path / "library"), tmp_path / "copy"
+    owner.add(make(), "tickets")
+    shutil.copytree(tmp_path / "library", root)
+    if not has_index:
+        (root / "catalogue.sqlite-shm").unlink()
+    _read_only(root)
+    with obeying_permissions():
+        if has_index:
+            assert refs(Library(root).list()) == ["tickets@1"]
+        else:
+            with pytest.raises(ResourceError, match="not in the catalogue yet") as refused:
+                Library(root).list()
+            assert "veneer library list" in (refused.value.help or "")
+    _writable(root)
+    assert refs(Library(root).list()) == ["tickets@1"]
+
+
+def test_an_earlier_schema_that_cannot_be_brought_up_says_so(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    root.mkdir()
+    engine = create_engine(f"sqlite:///{root / 'catalogue.sqlite'}")
+    with engine.begin() as connection:
+        migrate(connection, STEPS[:1])
+    engine.dispose()
+    _read_only(root)
+    with obeying_permissions(), pytest.raises(ResourceError, match="read-only"):
+        Library(root).list()
+    _writable(root)
+    assert Library(root).list() == ()

@@ -316,8 +316,55 @@ def test_a_tied_head_is_never_changed_by_accident(tmp_path: Path) -> None:
         assert json.loads((done / "config.json").read_text())["tie_word_embeddings"] is False
         got, wanted = hf_logits(done), ours(base, adapter)
         assert float((got - wanted).norm() / wanted.norm()) < 1e-4
-    with pytest.raises(Unsupported, match="stay the same"):
+    with pytest.raises(Unsupported, match="of its own"):
         merge(place, adapter, tmp_path / "no", untie=True, unmergeable=True)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_replaced_head_is_not_the_embedding_it_is_tied_to(both: bool, tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    base = load_base(place, "float32")
+    table = tensors(place)["model.embed_tokens.weight"].float()
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        Part("full", "override", "lm_head", {"weight": table + 0.1 * torch.randn(table.shape, generator=generator)})
+    ]
+    if both:
+        other = table + 0.1 * torch.randn(table.shape, generator=generator)
+        parts.append(Part("full", "override", "model.embed_tokens", {"weight": other}, "embedding"))
+    plain = trained(base, LoRA(rank=2, targets=("q_proj",)))
+    adapter = replace(plain, parts=(*plain.parts, *parts))
+    with pytest.raises(TargetError, match="tied"):
+        merge(place, adapter, tmp_path / "out")
+    assert merge(place, adapter, tmp_path / "out", untie=True).untied
+    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_a_head_saved_beside_the_embedding_it_is_tied_to_stays_tied(tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    base = load_base(place, "float32")
+    table = tensors(place)["model.embed_tokens.weight"].float() * 1.1
+    parts = (
+        Part("full", "override", "lm_head", {"weight": table}),
+        Part("full", "override", "model.embed_tokens", {"weight": table.clone()}, "embedding"),
+    )
+    plain = trained(base, LoRA(rank=2, targets=("q_proj",)))
+    adapter = replace(plain, parts=(*plain.parts, *parts))
+    assert not merge(place, adapter, tmp_path / "out").untied
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_untying_is_written_down_where_the_head_is_stored_already(tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    found = tensors(place)
+    found["lm_head.weight"] = found["model.embed_tokens.weight"].clone()
+    save_file(found, place / "model.safetensors", metadata={"format": "pt"})
+    adapter = trained(load_base(place, "float32"), LoRA(rank=2, targets=("lm_head",)), 0.1)
+    assert merge(place, adapter, tmp_path / "out", untie=True).untied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_trained_token_rows_serve_both_ends_of_a_tied_table(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from veneer.cli._options import Json
 from veneer.cli._output import count_text, note, say, say_json, say_table
-from veneer.errors import ConfigError, listed
+from veneer.errors import ConfigError, Conflict, listed
 
 if TYPE_CHECKING:
     from veneer.adapter import HostSource
@@ -63,7 +63,18 @@ def command(
         raise ConfigError("nothing to combine", help="veneer combine --rule ties a=0.7 b=0.3 --out DIR")
     if out is None:
         raise ConfigError("--out is missing: where should the combined adapter go?")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Conflict(f"{out} is already there", help="choose a new folder, or remove this one")
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+        told = {
+            "--rule": rule != "linear", "--set": options, "--density": density is not None, "--rank": rank, "--seed": seed,
+            "--base": base, "--others": others != "refuse", "--allow-base-mismatch": allow_base_mismatch,
+        }  # fmt: skip
+        if named := [option for option, given in told.items() if given]:
+            raise ConfigError(
+                f"{sources[0]} says how to combine; {', '.join(named)} would have no effect",
+                help="write it into the recipe",
+            )
         recipe = read_recipe(Path(sources[0]))
     else:
         fields: dict[str, Any] = {

@@ -23,7 +23,7 @@ import typer
 from veneer.cli._card import Licence, story_of
 from veneer.cli._options import Json, load_adapters
 from veneer.cli._output import bytes_text, say, say_json
-from veneer.errors import ConfigError, Conflict
+from veneer.errors import ConfigError, Conflict, Unsupported
 from veneer.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -190,7 +190,16 @@ def _ollama(order: Order) -> dict[str, str]:
 
 
 def _peft(order: Order) -> dict[str, str]:
-    order.required().save(order.out)
+    from veneer.formats.peft import expressible
+    from veneer.methods import folded
+
+    adapter = order.required()
+    if not expressible(folded(adapter)):
+        raise Unsupported(
+            f"PEFT's format can't say this adapter ({adapter.spec.kind})",
+            help="`veneer merge` bakes it into a model; `adapter.save` keeps it for veneer",
+        )
+    adapter.save(order.out)
     order.write_card(order.out / "README.md", "adapter", None, {})
     return {}
 

@@ -56,8 +56,12 @@ def add(
     alpha: Annotated[float | None, typer.Option(help="The alpha of a loralib file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Add an adapter as the next version of a name. The same adapter again is the same version."""
+    """Add an adapter as the next version of a name. The same adapter again is the same version; its metrics are recorded."""
     shelf = _library(library)
+    if alias is not None:
+        from veneer.library.resolve import check_alias
+
+        check_alias(alias)
     measured = _metrics(metric, metrics, name)
     known = None
     if base is not None:
@@ -277,10 +281,11 @@ def remove(
 def gc(
     library: Place = DEFAULT,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+    unknown: Annotated[bool, typer.Option("--unknown", help="Also versions that `rebuild` had to leave out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete files that no version needs."""
-    found = _library(library).gc(dry_run=dry_run)
+    """Delete files that no version needs. What is left of versions that `rebuild` had to leave out is kept."""
+    found = _library(library).gc(dry_run=dry_run, unknown=unknown)
     if as_json:
         say_json({**asdict(found), "dry_run": dry_run})
         return
@@ -288,6 +293,8 @@ def gc(
     say(
         f"{verb} {bytes_text(found.bytes)}: {found.blobs} blobs, {found.manifests} records, {found.leftovers} leftovers"
     )
+    if found.kept:
+        say(f"kept, though not in the catalogue: {', '.join(found.kept)} (--unknown deletes them)")
 
 
 @app.command(epilog="Example: veneer library verify")

@@ -346,6 +346,8 @@ def _whole(writer: Any, name: str, tensor: Tensor, filetype: FileType) -> None:
 def _products(adapter: Adapter, where: Plan) -> dict[str, tuple[Tensor, Tensor]]:
     """Target -> (A, scale * B) in fp32, or one error with every part that is no low-rank update of a matrix llama.cpp adapts."""
     problems: list[str] = []
+    if adapter.spec.model_dump().get("invocation"):
+        problems.append(f"{adapter.spec.kind} switches on inside a sequence (aLoRA), the file would be always on")
     found: dict[str, tuple[Tensor, Tensor]] = {}
     hosts = where.layout.hosts(where.config)
     for part in adapter.parts:

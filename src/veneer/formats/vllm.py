@@ -25,6 +25,8 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def limits(adapter: Adapter, tool: Tool = "vllm") -> list[str]:
     """What can't be carried, one line each; empty where everything can. SGLang takes any rank, vLLM one of a list's."""
     problems = []
+    if adapter.spec.model_dump().get("invocation"):
+        problems.append(f"{adapter.spec.kind}: it switches on inside a sequence (aLoRA), here it would always be on")
     for part in adapter.parts:
         place = part.target or "the whole model"
         if part.site == "override":

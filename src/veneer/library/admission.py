@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapter import Adapter
@@ -74,11 +74,13 @@ def provenance_of(adapter: Adapter) -> dict[str, Any]:
     return {key: value for key, value in told.items() if value is not None}
 
 
-def unchanged(there: Version, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to say about an adapter that is in the library already."""
+def unchanged(there: Version, facts: Mapping[str, Any], dropped: Sequence[str]) -> tuple[str, ...]:
+    """What to say about an adapter that is in the library already. `dropped` was given with it and isn't kept."""
     notes = [f"this adapter is {there.ref} already"]
     if facts["base"] != there.base:
         notes.append(
             f"it stays with the base it was accepted for ({there.base_name or 'none'}): a version never changes"
         )
+    if dropped:
+        notes.append(f"given and not kept, as a version never changes: {', '.join(dropped)}")
     return tuple(notes)

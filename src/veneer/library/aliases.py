@@ -25,7 +25,7 @@ from veneer.library.records import Alias, Move, Version
 from veneer.library.resolve import DEFAULT, check_alias
 
 REMEMBERED = 200
-"""Moves of a name that survive the loss of the catalogue, so that a state record stays small."""
+"""Moves of an alias that survive the loss of the catalogue, so that a state record stays small."""
 
 
 def move(
@@ -49,7 +49,8 @@ def move(
             where = f"it stays at {current.ref}" if current else "it is not set"
             raise Conflict(
                 f"{version.ref} may not become {version.name}@{alias}; {where}:\n{listed(problems)}",
-                help=f"evaluate and record it (`veneer library record {version.ref} METRIC=VALUE`), or --force REASON",
+                help=f"evaluate and record it (`veneer library record {version.ref} --metric NAME=VALUE`), "
+                "or --force REASON",
             )
         if force is not None:
             reason = "; ".join([f"forced: {force}", *problems])
@@ -76,11 +77,12 @@ def rollback(connection: Connection, name: str, alias: str, *, at: str, reason: 
             f"{name}@{alias} was at version {target.version} before, which has been removed",
             help="move it to another: `veneer library alias NAME@VERSION ALIAS`",
         )
+    share = _weight(connection, name, alias, target.weight, None)
     undone = _move_at(connection, name, alias, last).version
     reason = reason or f"rollback from version {undone}"
     further = _before(connection, name, alias, before)
-    _log(connection, name, alias, target.version, target.weight, at=at, reason=reason, before=further)
-    return _set(connection, Alias(name, alias, target.version, target.weight, at))
+    _log(connection, name, alias, target.version, share, at=at, reason=reason, before=further)
+    return _set(connection, Alias(name, alias, target.version, share, at))
 
 
 def drop(connection: Connection, name: str, alias: str, *, at: str, reason: str = "") -> Alias:
@@ -116,10 +118,14 @@ def state_of(connection: Connection, name: str) -> bytes:
     rows: dict[str, list[dict[str, Any]]] = {}
     for table in (t.aliases, t.demands, t.moves):
         columns = [column for column in table.c if column.name != "name"]
-        order = [*([t.moves.c.number.desc()] if table is t.moves else []), *table.primary_key.columns]
-        query = select(*columns).where(table.c.name == name).order_by(*order).limit(REMEMBERED)
+        query = select(*columns).where(table.c.name == name).order_by(*table.primary_key.columns)
+        if table is t.moves:
+            of_alias = t.moves.alias("of_alias").c
+            newest = select(func.max(of_alias.number)).where(of_alias.name == name, of_alias.alias == t.moves.c.alias)
+            query = query.where(t.moves.c.number > newest.scalar_subquery() - REMEMBERED)
         rows[table.name] = [dict(row._mapping) for row in connection.execute(query)]
-    return seal(State.model_validate({"name": name, "next": following or 1, **rows}))
+    removed = queries.removed(connection, name)
+    return seal(State.model_validate({"name": name, "next": following or 1, "removed": removed, **rows}))
 
 
 def _weight(connection: Connection, name: str, alias: str, weight: float | None, current: Alias | None) -> float:
@@ -134,7 +140,8 @@ def _weight(connection: Connection, name: str, alias: str, weight: float | None,
     if not (math.isfinite(share) and 0 <= share <= 1) or sum(others) + share > 1 + 1e-9:
         raise ConfigError(
             f"a weight is a share of the traffic of '{name}': got {share} for {alias}, others have {sum(others):g}",
-            help="0 is reached only by name@alias; 0.1 takes a tenth of the requests for the bare name",
+            help=f"the others leave {max(0.0, 1 - sum(others)):g}: lower theirs, or `veneer library alias {name}@VERSION {alias} "
+            "--weight 0.1` (0.1 takes a tenth of the requests for the bare name; 0 is reached only by name@alias)",
         )
     return share
 

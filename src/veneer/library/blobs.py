@@ -74,6 +74,16 @@ class Blobs:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A private local folder for reading: in the system's own tmp where this library cannot be written."""
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(self.staging())
+            except ResourceError:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
+            yield folder
+
     def _locked_folder(self) -> tuple[Path, int]:
         while True:
             folder = Path(self.path("tmp", uuid.uuid4().hex))
@@ -174,14 +184,15 @@ class Blobs:
         return True
 
     def link(self, digest: str, target: Path) -> None:
-        """A checked blob of a local store under another name."""
-        self.check(digest)
+        """A checked blob of a local store under another name; a copy where the system allows no link to it."""
         try:
             os.link(self.blob_path(digest), target)
         except FileNotFoundError as error:
             raise _missing(digest, self.root) from error
-        except OSError:  # another device, or a file system without links
-            shutil.copyfile(self.blob_path(digest), target)
+        except OSError:  # another device, another owner, or a file system without links
+            self.copy_out(digest, target)
+        else:
+            self.check(digest)
 
     def copy_out(self, digest: str, target: Path) -> None:
         """A checked copy of a blob that the caller may write to."""

@@ -17,6 +17,8 @@ from veneer.errors import ConfigError
 Better: TypeAlias = Literal["lower", "higher"]
 
 METRIC = re.compile(r"[A-Za-z][A-Za-z0-9_.@/-]{0,63}")
+ROUNDING = 1e-9
+"""What the difference of two metrics may be off by because decimals are not exact in binary."""
 
 DIRECTIONS: Mapping[str, Better] = {
     "loss": "lower",
@@ -100,7 +102,7 @@ def failures(
         elif current is not None:
             worse = candidate[metric] - current[metric]
             worse = worse if demand.better == "lower" else -worse
-            if worse > demand.margin:
+            if worse > demand.margin + ROUNDING * max(1.0, abs(candidate[metric]), abs(current[metric])):
                 problems.append(
                     f"{metric} is {candidate[metric]:.6g}, worse than {current[metric]:.6g} of {current_ref} "
                     f"by {worse:.3g} where {demand.margin:.3g} is allowed"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from veneer.adapter import Adapter
-from veneer.errors import ConfigError, Conflict, NotFound, listed
+from veneer.errors import ConfigError, Conflict, NotFound, VeneerError, listed
 from veneer.files import replacing
 from veneer.library import aliases as alias_moves
 from veneer.library import queries, upkeep
@@ -69,7 +69,9 @@ class Library:
         """Add an adapter folder, run directory, loralib file or adapter as the next version of `name`.
 
         `base` is what it must belong to (BaseMismatch otherwise, unless `allow_base_mismatch` gives a reason). `parents` are
-        references in this library, besides those the adapter names itself. An adapter that is there already keeps its version.
+        references in this library, besides those the adapter names itself. An adapter that is there already keeps its version:
+        the metrics are recorded for it, and `notes` says what else was given and isn't kept. With another chat template it is
+        another version.
         """
         check_name(name)
         measured = check_metrics(metrics or {})
@@ -81,10 +83,15 @@ class Library:
             facts = {"name": name, **facts_of(staged, base, verdict), "created": self._at(), "source": found.kind}
             facts |= story_of(staged.adapter, verdict)
             facts |= {"run": found.facts, "metrics": {**found.metrics, **measured}, "note": note}
-            return self._commit(staged, facts, ancestors, found.notes)
+            return self._commit(staged, facts, ancestors, measured, found.notes)
 
     def _commit(
-        self, staged: Staged, facts: dict[str, Any], ancestors: Sequence[Reference], notes: tuple[str, ...]
+        self,
+        staged: Staged,
+        facts: dict[str, Any],
+        ancestors: Sequence[Reference],
+        measured: Mapping[str, float],
+        notes: tuple[str, ...],
     ) -> Added:
         blobs, catalogue = self._place.blobs, self._catalogue(create=True)
         if not blobs.is_local:
@@ -92,10 +99,11 @@ class Library:
         with catalogue.write() as connection:
             lineage = [queries.find(connection, reference).digest for reference in ancestors]
             lineage = list(dict.fromkeys([*check_parents(staged.adapter), *lineage]))
-            there = queries.with_digest(connection, facts["name"], facts["digest"])
-            if there is not None:
-                self._heal(connection, there, staged)
-                return Added(there, False, (*unchanged(there, facts), *notes))
+            same = self._same(connection, facts)
+            if same is not None:
+                self._heal(connection, same[0], staged)
+                told = self._again(connection, *same, staged, facts, lineage, measured)
+                return Added(same[0], False, (*told, *notes))
             number = queries.next_version(connection, facts["name"])
             listed = tuple(FileRecord(path=f.path, blob=f.blob, bytes=f.bytes) for f in staged.files)
             manifest = Manifest(**facts, version=number, files=listed, parents=tuple(lineage))
@@ -109,6 +117,50 @@ class Library:
             queries.set_next_version(connection, version.name, number + 1)
         return Added(version, True, notes)
 
+    def _same(self, connection: Connection, facts: Mapping[str, Any]) -> tuple[Version, Manifest | None] | None:
+        """The version that has the digest, and the chat template, which the digest doesn't cover.
+
+        A damaged manifest can't say its template: that version is taken for the same if no other is.
+        """
+        damaged = None
+        for version in queries.with_digest(connection, facts["name"], facts["digest"]):
+            try:
+                manifest = self._manifest(version)
+            except VeneerError:
+                damaged = version, None
+                continue
+            if manifest.provenance.get("chat_template") == facts["provenance"].get("chat_template"):
+                return version, manifest
+        return damaged
+
+    def _again(
+        self,
+        connection: Connection,
+        there: Version,
+        manifest: Manifest | None,
+        staged: Staged,
+        facts: Mapping[str, Any],
+        lineage: Sequence[str],
+        measured: Mapping[str, float],
+    ) -> tuple[str, ...]:
+        """Keep what may change about a version that was added again: metrics. The notes name them, and what isn't kept.
+
+        What a run measured for itself fills gaps only: a later measurement is not taken back.
+        """
+        before = queries.metrics(connection, there)
+        after = {**facts["metrics"], **before, **measured}
+        fresh = [metric for metric in after if after[metric] != before.get(metric)]
+        if fresh:
+            self._measure(connection, there, after)
+        kept = {(file.path, file.blob) for file in queries.files(connection, there)}
+        known = queries.parents(connection, there)
+        dropped = [f"the parent {parent[:12]}" for parent in lineage if parent not in known]
+        if facts["note"] and (manifest is None or manifest.note != facts["note"]):
+            dropped.append("the note")
+        dropped += [file.path for file in staged.files if (file.path, file.blob) not in kept]
+        told = unchanged(there, facts, dropped)
+        return (*told, f"recorded for it: {', '.join(fresh)}") if fresh else told
+
     def _heal(self, connection: Connection, version: Version, staged: Staged) -> None:
         """Put back blobs of a version that have gone or rotted, where the same bytes were just given again."""
         blobs = self._place.blobs
@@ -121,13 +173,15 @@ class Library:
 
     def record(self, ref: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record what was measured for a version, for gates to look at. A metric measured again takes the new value."""
-        values, blobs = check_metrics(metrics), self._place.blobs
+        values = check_metrics(metrics)
         with self._catalogue().write() as connection:
-            version = queries.find(connection, parse_reference(ref))
-            queries.put_metrics(connection, version, values)
-            every = queries.metrics(connection, version)
-            path = blobs.path("manifests", version.name, f"{version.version}.metrics.json")
-            blobs.write(path, seal(Measured(metrics=every)))
+            return self._measure(connection, queries.find(connection, parse_reference(ref)), values)
+
+    def _measure(self, connection: Connection, version: Version, values: Mapping[str, float]) -> dict[str, float]:
+        queries.put_metrics(connection, version, values)
+        every = queries.metrics(connection, version)
+        path = self._place.blobs.path("manifests", version.name, f"{version.version}.metrics.json")
+        self._place.blobs.write(path, seal(Measured(metrics=every)))
         return every
 
     # Asking
@@ -186,11 +240,14 @@ class Library:
             children = tuple(queries.children(connection, [version.digest]))
             pointing = tuple(a for a in queries.aliases(connection, version.name) if a.version == version.version)
             metrics = queries.metrics(connection, version)
-        path = self._place.blobs.path("manifests", version.name, f"{version.version}.json")
-        manifest = unseal(Manifest, self._place.blobs.read(path), path)
+        manifest = self._manifest(version)
         told = {"belonging": manifest.belonging, "run": manifest.run, "note": manifest.note}
         provenance = {**manifest.provenance, **{key: value for key, value in told.items() if value}}
         return Record(version, files, manifest.spec, provenance, parents, children, pointing, metrics)
+
+    def _manifest(self, version: Version) -> Manifest:
+        path = self._place.blobs.path("manifests", version.name, f"{version.version}.json")
+        return unseal(Manifest, self._place.blobs.read(path), path)
 
     def aliases(self, name: str | None = None) -> tuple[Alias, ...]:
         """The aliases of one name, or of all."""
@@ -224,7 +281,7 @@ class Library:
         found = self._version(version)
         files, blobs = self._adapter_files(found), self._place.blobs
         place = blobs.link if blobs.is_local else blobs.copy_out
-        with blobs.staging() as folder:
+        with blobs.scratch() as folder:
             for path, blob in files:
                 place(blob, folder / path)
             return load(folder, mapped=True, digest=found.digest)
@@ -328,9 +385,9 @@ class Library:
         upkeep.remove_records(self._place.blobs, gone)
         return Removed(tuple(v.ref for v in gone), tuple(f"{a.name}@{a.alias}" for a in pointing))
 
-    def gc(self, *, dry_run: bool = False) -> Collected:
-        """Delete what no version needs."""
-        return upkeep.gc(self._place, self._catalogue(), dry_run=dry_run)
+    def gc(self, *, dry_run: bool = False, unknown: bool = False) -> Collected:
+        """Delete what no version needs. `unknown` versions, which `rebuild` had to leave out, are kept unless asked for."""
+        return upkeep.gc(self._place, self._catalogue(), dry_run=dry_run, unknown=unknown)
 
     def verify(self) -> Verified:
         """Read and check every byte."""

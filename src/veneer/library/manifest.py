@@ -125,10 +125,14 @@ class MoveRecord(BaseModel):
 
 
 class State(SealedRecord):
-    """What changes about a name: the number its next version gets, its aliases, what they demand, how they moved."""
+    """What changes about a name: the number its next version gets, its aliases, what they demand, how they moved.
+
+    removed  numbers whose manifests may still be there, and are not to come back
+    """
 
     name: Name
     next: Number
+    removed: tuple[Number, ...] = ()
     aliases: tuple[AliasRecord, ...]
     demands: tuple[DemandRecord, ...]
     moves: tuple[MoveRecord, ...]

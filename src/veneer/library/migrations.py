@@ -49,7 +49,20 @@ _STEP_1 = (
        PRIMARY KEY (name, alias, number))""",
 )
 
-STEPS: Sequence[Step] = (step_1,)
+
+def step_2(connection: Connection) -> None:
+    """A name may have the same numbers twice, with another chat template; what was removed is remembered until `gc`."""
+    for statement in _STEP_2:
+        connection.execute(text(statement))
+
+
+_STEP_2 = (
+    "DROP INDEX versions_name_digest",
+    "CREATE INDEX versions_name_digest ON versions (name, digest)",
+    "CREATE TABLE removed (name VARCHAR(64) NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, version))",
+)
+
+STEPS: Sequence[Step] = (step_1, step_2)
 
 
 def schema_version(connection: Connection) -> int:

@@ -15,9 +15,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import URL
+
 from veneer.errors import ConfigError, Conflict, NotFound, VeneerError
 from veneer.library.blobs import Blobs, writing
-from veneer.library.catalogue import Catalogue, place_new, sqlite_path
+from veneer.library.catalogue import Catalogue, parse_url, place_new, sqlite_path, sqlite_url
 from veneer.library.migrations import schema_version
 
 FILE = "catalogue.sqlite"
@@ -28,7 +30,7 @@ class Place:
     """The blobs and the database URL of one library."""
 
     blobs: Blobs
-    database: str
+    database: URL
 
     def open(self, *, create: bool = False) -> Catalogue:
         """The catalogue, upgraded. With `create`, an empty one where there is no library yet."""
@@ -49,13 +51,13 @@ class Place:
         with self.blobs.staging() as folder:
             aside = new_sqlite(folder)
             aside.close()
-            place_new(self.database, folder / FILE)
+            place_new(path, folder / FILE)
         return Catalogue(self.database)
 
     def _missing(self, create: bool) -> None:
         if self.blobs.files("manifests"):
             raise NotFound(
-                f"the catalogue of the library {self.blobs.root} is gone ({self.database}); its adapters are there",
+                f"the catalogue of the library {self.blobs.root} is gone ({self.database!r}); its adapters are there",
                 help="make it again from their manifests: `veneer library rebuild`",
             )
         if not create:
@@ -69,17 +71,18 @@ class Place:
         path = sqlite_path(self.database)
         if path is None:
             if _has_schema(Catalogue(self.database)):
-                raise Conflict(f"the catalogue {self.database} has tables", help="empty that database first")
+                raise Conflict(f"the catalogue {self.database!r} has tables", help="empty that database first")
             return []
         if path.exists() and self._is_sound():
             raise Conflict(
                 f"the catalogue {path} is sound", help="`veneer library verify` says what is wrong with the files"
             )
         moved: list[str] = []
-        for old in (path, path.with_name(f"{FILE}-wal"), path.with_name(f"{FILE}-shm")):
+        for old in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
             if old.exists():
                 kept = next(p for n in range(1, 1000) if not (p := old.with_name(f"{old.name}.damaged-{n}")).exists())
-                old.rename(kept)
+                with writing(str(old)):
+                    old.rename(kept)
                 moved.append(kept.name)
         return moved
 
@@ -110,12 +113,12 @@ def find_place(url: str | os.PathLike[str]) -> Place:
             f"the library {where} is not a local folder and needs a database for its catalogue",
             help=f"write it after a '#': {where}#postgresql+psycopg://host/veneer",
         )
-    return Place(blobs, database or f"sqlite:///{blobs.path(FILE)}")
+    return Place(blobs, parse_url(database) if database else sqlite_url(blobs.path(FILE)))
 
 
 def new_sqlite(folder: Path) -> Catalogue:
     """An empty, current catalogue in `folder`, to be filled and linked into place."""
-    catalogue = Catalogue(f"sqlite:///{folder / FILE}")
+    catalogue = Catalogue(sqlite_url(folder / FILE))
     catalogue.upgrade()
     return catalogue
 

@@ -26,10 +26,11 @@ def numbered(connection: Connection, name: str, version: int) -> Version | None:
     )
 
 
-def with_digest(connection: Connection, name: str, digest: str) -> Version | None:
-    return _one_version(
-        connection, select(*VERSION_COLUMNS).where(t.versions.c.name == name, t.versions.c.digest == digest)
-    )
+def with_digest(connection: Connection, name: str, digest: str) -> tuple[Version, ...]:
+    """Versions of a name with the same numbers: one, or one for each chat template. The newest is first."""
+    c = t.versions.c
+    query = select(*VERSION_COLUMNS).where(c.name == name, c.digest == digest).order_by(c.version.desc())
+    return tuple(Version(*row) for row in connection.execute(query))
 
 
 def newest(connection: Connection, name: str) -> Version | None:
@@ -227,8 +228,16 @@ def put_metrics(connection: Connection, version: Version, values: Mapping[str, f
 
 
 def delete_version(connection: Connection, version: Version) -> None:
+    """Forget a version, and remember that it was meant: its records may outlive it until `gc`."""
     for table in (t.versions, t.files, t.parents, t.metrics):
         connection.execute(table.delete().where(table.c.name == version.name, table.c.version == version.version))
+    connection.execute(t.removed.insert(), {"name": version.name, "version": version.version})
+
+
+def removed(connection: Connection, name: str) -> list[int]:
+    """Numbers of versions that were removed and whose records may still be there."""
+    c = t.removed.c
+    return list(connection.execute(select(c.version).where(c.name == name).order_by(c.version)).scalars())
 
 
 def next_version(connection: Connection, name: str) -> int:

@@ -118,12 +118,16 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `gc` deleted (or would delete): files no version needs, and what killed writers left."""
+    """What `gc` deleted (or would delete): files no version needs, and what killed writers left.
+
+    kept    versions that a manifest names and the catalogue does not know: not deleted unless asked for
+    """
 
     blobs: int
     manifests: int
     leftovers: int
     bytes: int
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What `rebuild` brought back from the manifests, and what it had to leave out and why."""
+    """What `rebuild` brought back from the manifests; `left_out` is what could not come back, or not whole, and why."""
 
     versions: int
     aliases: int

@@ -25,7 +25,8 @@ from veneer.library.records import File
 
 TENSORS = "adapter_model.safetensors"
 DESCRIPTIONS = ("adapter_config.json", "veneer.json")
-KEPT = (TENSORS, *DESCRIPTIONS, "README.md", "chat_template.jinja", "tokenizer_config.json")
+DECORATION = "README.md"
+KEPT = (TENSORS, *DESCRIPTIONS, DECORATION, "chat_template.jinja", "tokenizer_config.json")
 KEPT_OF_RUN = ("config.yaml", "provenance.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -73,6 +74,11 @@ def recognise(path: Path, scratch: Path, loralib: Loralib | None) -> Source:
     if _exists(path / "adapter" / TENSORS) and not _exists(path / TENSORS):
         return _run(path)
     return _folder(path, "adapter folder")
+
+
+def is_needed(path: str) -> bool:
+    """Whether the adapter is another one, or none, without this file of a version."""
+    return path != DECORATION and "/" not in path
 
 
 def told(path: Path) -> Source:

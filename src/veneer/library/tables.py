@@ -23,6 +23,7 @@ library = Table(
     Column("revision", BigInteger),
 )
 names = Table("names", METADATA, Column("name", String(64), primary_key=True), Column("next", Integer))
+removed = Table("removed", METADATA, *_version_key())
 versions = Table(
     "versions",
     METADATA,

@@ -140,7 +140,7 @@ class Merged:
         self._store = store_of(base if isinstance(base, Base) else str(base))
         self._edits = {edit.name: edit for edit in edits(adapter, self._store, untie=untie)}
         self.extra = [name for name in self._edits if name not in self._store]
-        self.config = {**self._store.config, **({"tie_word_embeddings": False} if self.extra else {})}
+        self.config = _config(self._store, list(self._edits.values()))
 
     def names(self) -> list[str]:
         return [*self._store.names(), *self.extra]
@@ -164,6 +164,12 @@ class Merged:
         return torch.cat([(stored[i:j].float() + update.rows(i, j)).float() for i, j in blocks(stored)])
 
 
+def _config(store: BaseStore | FolderStore, changes: Sequence[Edit]) -> dict[str, Any]:
+    """The model's config.json after the changes: a head that is made from the embedding's table is tied no more."""
+    untied = any(edit.name != edit.source for edit in changes)
+    return {**store.config, "tie_word_embeddings": False} if untied else dict(store.config)
+
+
 class _Job:
     """One merge: the tensors that change, and what was measured while they passed."""
 
@@ -174,9 +180,10 @@ class _Job:
         self.edits = {edit.name: edit for edit in changes}
         self.extra = [(e.source, self._entry(e)) for e in changes if e.name not in store]
         self.results: dict[str, Rounded] = {}
-        if recorder is not None and self.extra:
+        self.config = _config(store, changes)
+        if recorder is not None and self.config != store.config:
             raise Unsupported(
-                "a head that is untied is a tensor more, and a record for unmerging keeps tensors that stay the same",
+                "a head that is untied is a tensor of its own, and a record for unmerging keeps the tensors that there are",
                 help="merge without --unmergeable and keep the base to go back to",
             )
 
@@ -188,9 +195,8 @@ class _Job:
         self.store.copy_words(folder)
         shards: tuple[Shard, ...] = with_extra(self.store.shards(), self.extra)
         write_shards(folder, shards, self.produce, WORKERS)
-        if self.extra:
-            config = {**self.store.config, "tie_word_embeddings": False}
-            (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+        if self.config != self.store.config:
+            (folder / "config.json").write_text(json.dumps(self.config, indent=2), "utf-8")
         note = {
             "adapter": adapter.digest,
             "base": adapter.provenance.base,
@@ -239,7 +245,7 @@ class _Job:
 
     def report(self, out: Path, verdict: Verdict) -> MergeReport:
         bits = None if self.recorder is None else self.recorder.bits_per_weight
-        return MergeReport(out, self.found(), verdict, self.lost(), bool(self.extra), bits)
+        return MergeReport(out, self.found(), verdict, self.lost(), self.config != self.store.config, bits)
 
 
 def _has_kernel(update: Update, stored: Tensor) -> TypeGuard[LowRankRows]:

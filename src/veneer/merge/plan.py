@@ -152,6 +152,8 @@ def edits(adapter: Adapter, tensors: Tensors, *, untie: bool = False) -> list[Ed
     for target in adapter.targets:
         try:
             for edit in _edits_at(adapter, target, places, untie):
+                if edit.name in found:
+                    problems.append(f"'{target}' and '{found[edit.name].target}' are one tensor here ({edit.name})")
                 found[edit.name] = edit
         except VeneerError as error:
             problems.append(error.message)
@@ -190,7 +192,10 @@ def _edits_at(adapter: Adapter, target: str, places: Places, untie: bool) -> lis
     overrides, weights = _split(adapter, target)
     found: list[Edit] = []
     source = name = places.stored(target, "weight", required=bool(weights) or f"{target}.weight" in overrides)
-    if weights and places.tied and target in (places.embedding, places.head):
+    replaces_head = target == places.head and f"{target}.weight" in overrides
+    if places.tied and (replaces_head or (weights and target in (places.embedding, places.head))):
+        if not weights and _copies_the_table(adapter, overrides[f"{target}.weight"], places):
+            return []
         if not untie:
             raise TargetError(f"'{target}' is tied: the head and the embedding are one tensor ({places.table})")
         if target == places.head:
@@ -207,6 +212,13 @@ def _edits_at(adapter: Adapter, target: str, places: Places, untie: bool) -> lis
     if bias and (f"{target}.bias" in overrides or (weights and edit.factors() is None)):
         found.append(replace(edit, name=bias, source=bias, overrides=tuple(overrides.get(f"{target}.bias", ()))))
     return found
+
+
+def _copies_the_table(adapter: Adapter, head: Sequence[Override], places: Places) -> bool:
+    """Whether the head is replaced by what replaces the embedding: PEFT saves it twice where it keeps the two tied."""
+    table = _split(adapter, places.embedding)[0].get(f"{places.embedding}.weight", [])
+    whole = [override.value for override in (*head, *table) if override.rows is None]
+    return len(head) == len(table) == 1 and len(whole) == 2 and torch.equal(*whole)
 
 
 def _split(adapter: Adapter, target: str) -> tuple[dict[str, list[Override]], list[tuple[Method, Part]]]:

@@ -146,7 +146,7 @@ class FolderStore(Store):
         self.path, self.name = path, path.name
         self._checkpoint: Checkpoint = open_checkpoint(path)
         self.config = read_json(plain_file(path, "config.json"))
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config"):
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise Unsupported(
                 f"{path} is a quantised checkpoint ({method}): an update would be rounded away on its grid",
