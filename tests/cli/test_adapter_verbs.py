@@ -106,6 +106,33 @@ def test_combining_overwrites_nothing_and_ignores_nothing(place: Path, capsys: p
     assert not (place / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{rule: svd, options: {rank: 1, seed: 3}, adapters: {one: {path: a}, two: {path: b}}}", "seed: no option"),
+        (
+            "{rule: svd, rank: 2, options: {rank: 1}, adapters: {one: {path: a}, two: {path: b}}}",
+            "the rank is 2, and 1",
+        ),
+        ("{adapters: {one: {path: a, targets: {q_proj: .nan}}, two: {path: b}}}", "finite"),
+        ("{adapters: {one: {path: a, targets: {'nowhere.*': 1}}, two: {path: b}}}", "matches no target of it"),
+    ],
+)
+def test_recipes_that_are_refused(recipe: str, message: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "bad.yaml").write_text(recipe)
+    assert run(["combine", str(place / "bad.yaml"), "--out", str(place / "bad")]) == 2
+    assert message in capsys.readouterr().err and not (place / "bad").exists()
+
+
+def test_words_of_the_command_line_are_checked_like_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(place / "a"), str(place / "b")
+    for words in ([f"{a}=nan"], [f"{a}=1", "--others", "foo"]):
+        assert run(["combine", f"{b}=1", *words, "--out", str(place / "never")]) == 2
+        assert "defect" not in capsys.readouterr().err and not (place / "never").exists()
+    assert run(["combine", "--rule", "svd", "--set", "rank=1", f"{a}=1", f"{b}=1", "--out", str(place / "one")]) == 0
+    assert Adapter.load(place / "one").spec.rank == 1  # type: ignore[attr-defined]
+
+
 def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(place / "a"), "--json"]) == 0
     facts = told(capsys)

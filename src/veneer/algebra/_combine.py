@@ -272,7 +272,9 @@ def _weights(
         if n not in pairs
     ]
     for name, table in special.items():
-        problems += [f"{name}: '{s}' matches no target" for s in table if not any(selects(s, t) for t in targets)]
+        own = set(pairs[name][0].targets) & set(targets) if name in pairs else set(targets)
+        problems += [f"{name}: '{s}' matches no target of it" for s in table if not any(selects(s, t) for t in own)]
+        problems += [f"{name}: the weight at '{s}' is {w}" for s, w in table.items() if not math.isfinite(w)]
     if problems:
         raise ConfigError(f"the weights per target are wrong:\n{listed(problems)}")
     return {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +70,16 @@ class Interference:
         return found
 
 
-def interference(adapters: Mapping[str, Adapter], base: HostSource | None = None) -> Interference:
-    """Compare the weight updates of several adapters, pair by pair and target by target."""
+def interference(
+    adapters: Mapping[str, Adapter], base: HostSource | None = None, targets: Collection[str] | None = None
+) -> Interference:
+    """Compare the weight updates of several adapters, pair by pair and target by target: at `targets`, or at all."""
     if len(adapters) < 2:
         raise ConfigError("interference needs at least two adapters")
-    parts = {name: {p.target: (a, p) for p in a.parts if is_update(p)} for name, a in sorted(adapters.items())}
+    parts = {
+        name: {p.target: (a, p) for p in a.parts if is_update(p) and (targets is None or p.target in targets)}
+        for name, a in sorted(adapters.items())
+    }
     squares = dict.fromkeys(parts, 0.0)
     pairs: list[Pair] = []
     products: dict[tuple[str, str], list[tuple[float, float, float]]] = {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from veneer.adapter import Adapter, HostSource
 from veneer.algebra._combine import Combination, Others, combination
@@ -36,7 +36,7 @@ class Entry(BaseModel):
 
     path: str = Field(description="adapter folder, relative to the recipe")
     weight: float = Field(1.0, allow_inf_nan=False, description="weight in the combination; may be negative")
-    targets: dict[str, float] = Field(default_factory=dict, description="selector -> weight there")
+    targets: dict[str, FiniteFloat] = Field(default_factory=dict, description="selector -> weight there")
 
 
 class Recipe(BaseModel):
@@ -64,12 +64,17 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} should hold keys and values, it holds {type(fields).__name__}")
-    try:
-        recipe = Recipe(**fields)
-    except ValidationError as error:
-        raise ConfigError(f"{path} is not a recipe:\n{listed([_problem(e) for e in error.errors()])}") from error
+    recipe = recipe_of(fields, f"{path} is not a recipe")
     entries = {n: e.model_copy(update={"path": str(path.parent / e.path)}) for n, e in recipe.adapters.items()}
     return recipe.model_copy(update={"adapters": entries})
+
+
+def recipe_of(fields: Mapping[str, Any], wrong: str) -> Recipe:
+    """The recipe of these fields, or one ConfigError that begins with `wrong` and lists everything that is."""
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"{wrong}:\n{listed([_problem(e) for e in error.errors()])}") from error
 
 
 def _problem(error: Any) -> str:
@@ -86,23 +91,38 @@ def digest(recipe: Recipe, adapters: Mapping[str, Adapter]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def _apart(recipe: Recipe) -> tuple[dict[str, Any], int | None]:
+    """The options that are the rule's alone, and the rank, which may stand among them."""
+    options = dict(recipe.options)
+    rank = options.pop("rank", recipe.rank)
+    if recipe.rank not in (None, rank):
+        raise ConfigError(f"the rank is {recipe.rank}, and {rank} among the rule's options", help="say it once")
+    if fields := sorted(options.keys() & {*Recipe.model_fields, "weights"}):
+        raise ConfigError(
+            f"{', '.join(fields)}: no option of the rule '{recipe.rule}'",
+            help="it belongs beside `options` in a recipe; `veneer combine --rules` lists the options of each rule",
+        )
+    return options, rank
+
+
 def run_recipe(
     recipe: Recipe, load: Callable[[str], Adapter] = Adapter.load, base: HostSource | None = None
 ) -> Combination:
     """Load the adapters and combine them; the recipe and its digest are recorded in the result."""
     adapters = {name: load(entry.path) for name, entry in recipe.adapters.items()}
+    options, rank = _apart(recipe)
     made = combination(
         {name: (adapter, recipe.adapters[name].weight) for name, adapter in adapters.items()},
         recipe.rule,
         base=base,
-        rank=recipe.rank,
+        rank=rank,
         seed=recipe.seed,
         include=recipe.include,
         exclude=recipe.exclude,
         weights={name: entry.targets for name, entry in recipe.adapters.items() if entry.targets},
         others=recipe.others,
         allow_base_mismatch=recipe.allow_base_mismatch,
-        **recipe.options,
+        **options,
     )
     note = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": digest(recipe, adapters)}
     provenance = replace(made.adapter.provenance, extra={**made.adapter.provenance.extra, **note})

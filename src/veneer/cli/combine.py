@@ -54,7 +54,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     from veneer.adapter import Adapter
-    from veneer.algebra import Recipe, interference, read_recipe, run_recipe
+    from veneer.algebra import interference, read_recipe, run_recipe
+    from veneer.algebra.recipe import recipe_of
 
     if rules:
         _list_rules(as_json)
@@ -87,11 +88,11 @@ def command(
             "others": others,
             "allow_base_mismatch": allow_base_mismatch,
         }
-        recipe = Recipe(**fields)
+        recipe = recipe_of(fields, "these adapters can't be combined")
     loaded = {name: Adapter.load(entry.path) for name, entry in recipe.adapters.items()}
     host = _base(recipe)
-    before = interference(loaded, host) if len(loaded) > 1 else None
     made = run_recipe(recipe, {e.path: loaded[n] for n, e in recipe.adapters.items()}.__getitem__, host)
+    before = interference(loaded, host, made.adapter.targets) if len(loaded) > 1 else None
     made.adapter.save(out)
     if as_json:
         say_json(_as_json(made, before, out))
