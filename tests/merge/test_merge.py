@@ -367,6 +367,18 @@ def test_untying_is_written_down_where_the_head_is_stored_already(tmp_path: Path
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    place = folder(tmp_path, "llama-tied-mha")
+    half = {name: tensor.half() for name, tensor in tensors(place).items()}
+    save_file(half, place / "model.safetensors", metadata={"format": "pt"})
+    adapter = trained(load_base(place, "float32"), LoRA(rank=2, targets=("q_proj",)))
+    huge = adapter.map_tensors(lambda t: t * 1e4)
+    with pytest.raises(Unsupported, match=r"q_proj.*float16"):
+        merge(place, huge, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge(place, adapter, tmp_path / "out")
+
+
 def test_trained_token_rows_serve_both_ends_of_a_tied_table(tmp_path: Path) -> None:
     place = folder(tmp_path, "llama-tied-mha")
     base = load_base(place, "float32")

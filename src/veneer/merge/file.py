@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -223,8 +224,18 @@ class _Job:
         result = merged(stored, update, None if self.seed is None else stream(self.seed, name))
         if self.recorder is not None:
             self.recorder.add(name, stored, result.value, edit.factors())
-        self.results[name] = replace(result, value=torch.empty(0))
+        self.keep(name, replace(result, value=torch.empty(0)))
         return result.value
+
+    def keep(self, name: str, result: Rounded) -> None:
+        """File what was measured of a tensor; refuse one that its dtype can't hold."""
+        if not math.isfinite(result.lost_square):
+            dtype = str(self.store.tensor(self.edits[name].source).dtype).removeprefix("torch.")
+            raise Unsupported(
+                f"'{name}' with the update in it has values that are no finite {dtype}",
+                help="merge into a bfloat16 or float32 checkpoint, or look at the adapter: `veneer doctor`",
+            )
+        self.results[name] = result
 
     def found(self) -> tuple[Fidelity, ...]:
         """In the order of the edits, whichever thread was first."""
@@ -268,7 +279,7 @@ class _Merging(Written):
                 lost, weight = native.low_rank_file(file.fileno(), self.source.start, left, right, handle, start)
             except EOFError as error:
                 raise cut_short(self.source.path) from error
-        self.job.results[self.name] = Rounded(torch.empty(0), lost, self.update.square(0, len(left)), weight)
+        self.job.keep(self.name, Rounded(torch.empty(0), lost, self.update.square(0, len(left)), weight))
 
 
 def write_card(folder: Path, adapter: Adapter, story: Story, store: BaseStore | FolderStore) -> None:
