@@ -228,7 +228,7 @@ def told(model: type[Answer], *, stream: bool = False, unready: type[Answer] | N
     """Arguments of a route that answers with `model`: streamed where `stream`, with `unready` at 503."""
     found: dict[int | str, dict[str, Any]] = {200: {"model": model}}
     if stream:
-        found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        found[200]["content"] = {"text/event-stream": {}}
     if unready is not None:
         found[503] = {"model": unready, "description": "Not ready; the body says what it is instead"}
     return {"response_model": None, "responses": found}
