@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from veneer.adapter import Adapter, Part
 from veneer.methods import lower, parse
-from veneer.models.bank import Bank, spans_of
+from veneer.models.bank import spans_of
 from veneer.models.base import Base
 from veneer.models.checkpoint import native_shapes
 from veneer.models.decoder import Decoder
@@ -85,7 +85,7 @@ def plain_greedy(base: Base, prompt: Sequence[int], lowered: Lowered | None, cou
 
 def plain_logits(base: Base, tokens: Sequence[int], lowered: Lowered | None, switch: int = 0) -> torch.Tensor:
     """Logits `[N, vocab]` of one whole sequence."""
-    bank = Bank.of([] if lowered is None else [lowered], base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([] if lowered is None else [lowered])
     index = -1 if lowered is None else 0
     segments = [Segment(switch, 0, -1, 0)] if switch else []
     segments.append(Segment(len(tokens) - switch, 0, index, switch))

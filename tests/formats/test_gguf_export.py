@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from tests.models.tiny import FAMILIES, checkpoint
+from tests.models.tiny import FAMILIES, YARN_ROPE, checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part
 from veneer.errors import TargetError, Unsupported
@@ -103,6 +104,68 @@ def test_what_a_file_cannot_say_is_refused(tmp_path: Path) -> None:
             export_adapter(trained(base, LoRA(rank=2, targets=(target,))), base.hf_config, tmp_path / "a.gguf")
     with pytest.raises(Unsupported, match="q8_0"):
         export_adapter(trained(base, LoRA(rank=2)), base.hf_config, tmp_path / "a.gguf", filetype="q8_0")
+
+
+SLIDES, SEES = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("qwen2-window", {}, "sliding window of 5"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window of 8"),
+        ("phi3-window", {}, "sliding window of 8"),
+        ("gemma2", {"layer_types": [SEES] * 3}, "which layers"),
+        ("gemma3_text", {"layer_types": [SLIDES, SEES, SLIDES], "query_pre_attn_scalar": 16}, "which layers"),
+        ("gemma2", {"attn_logit_softcapping": None}, "soft caps"),
+        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+        ("llama-yarn", {"attention_factor": 2.0}, "attention_factor 2.0"),
+        ("llama-yarn", {"beta_fast": 1.5}, "beta_fast 1.5"),
+        ("llama-yarn", {"beta_slow": 4.0}, "beta_slow 4.0"),
+        ("llama-yarn", {"truncate": False}, "truncate False"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], why: str
+) -> None:
+    if name == "llama-yarn":
+        changes = {"rope_parameters": {**YARN_ROPE, **changes}}
+    base = load_base(checkpoint(name, tmp_path / "base", **changes), "float32")
+    with pytest.raises(Unsupported, match=why):
+        export_model(store_of(base), tmp_path / "m.gguf", tokenizer_fields(None, 0), filetype="f32")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-yarn", {"rope_parameters": {**YARN_ROPE, "beta_fast": 32.0, "truncate": True}}),
+        ("qwen2-window", {"sliding_window": 128}),
+        ("gemma2", {"layer_types": [SLIDES, SEES, SLIDES], "query_pre_attn_scalar": 16}),
+    ],
+)
+def test_what_makes_no_difference_is_not_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    base = load_base(checkpoint(name, tmp_path / "base", **changes), "float32")
+    export_model(store_of(base), tmp_path / "m.gguf", tokenizer_fields(None, 0), filetype="f32")
+    again = load_base(tmp_path / "m.gguf", "float32")
+    ids = torch.arange(2, 62)[None]
+    assert float((again.logits(ids) - base.logits(ids)).norm() / base.logits(ids).norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("filetype", "size", "fits"), [("f16", 1e5, False), ("q8_0", 1e5, True), ("q8_0", 1e7, False)])
+def test_values_beyond_a_type_are_refused(tmp_path: Path, filetype: Any, size: float, fits: bool) -> None:
+    folder = checkpoint("llama", tmp_path / "base", hidden_size=64, intermediate_size=96)
+    found = load_file(folder / "model.safetensors")
+    found["model.layers.1.mlp.up_proj.weight"][3, 5] = size
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    base = load_base(folder, "float32")
+    if fits:
+        export_model(store_of(base), tmp_path / "m.gguf", tokenizer_fields(None, 0), filetype=filetype)
+        return
+    with pytest.raises(Unsupported, match=r"layers.1.mlp.up_proj.*can't hold") as refusal:
+        export_model(store_of(base), tmp_path / "m.gguf", tokenizer_fields(None, 0), filetype=filetype)
+    assert "bf16" in (refusal.value.help or "")
+    assert {file.name for file in tmp_path.iterdir()} == {"base"}
 
 
 def read_adapter(path: Path) -> tuple[float, dict[str, Tensor]]:
@@ -230,6 +293,13 @@ def test_vllm_gets_one_rank_and_one_scale(tmp_path: Path) -> None:
     assert "IA3" in limits(vera)[0] and "IA3" in limits(vera, "sglang")[0]
     large = adapter.map_tensors(lambda t: t.repeat(*((200, 1) if t.shape[0] in (4, 9) else (1, 200))))
     assert any("--max-lora-rank" in line for line in limits(large)) and limits(large, "sglang") == []
+    invoked = replace(adapter, spec=adapter.spec.model_copy(update={"invocation": (5, 6)}))
+    assert any("aLoRA" in line for line in limits(invoked)) and any(
+        "aLoRA" in line for line in limits(invoked, "sglang")
+    )
+    with pytest.raises(Unsupported, match="aLoRA") as refusal:
+        servable(invoked)
+    assert "`veneer serve` serves any" in (refusal.value.help or "")
     norm = Part("full", "override", "model.norm", {"weight": torch.ones(48)})
     with pytest.raises(Unsupported, match="modules_to_save"):
         servable(Adapter(adapter.spec, (*adapter.parts, norm)))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.formats.tiny import gpt2, llama, stir
 from tests.laws.world import fresh, method, world
 from veneer.adapter import Adapter
+from veneer.errors import TargetError
 from veneer.inject.attach import ModuleSource, attach
 from veneer.inject.create import create
 from veneer.methods import complete, completed, folded, method_of, parse
@@ -126,6 +127,45 @@ def test_biases_trained_beside_lora(tmp_path: Path) -> None:
     fields = {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True}
     adapter = both_ways(base, wrapped(copy.deepcopy(base), lora_config(fields)), tmp_path)
     assert sorted(part.kind for part in adapter.parts) == ["full", "full", "lora", "lora"]
+
+
+def saved_embeddings(folder: Path, base: Any, target: str, grown: int = 0) -> Any:
+    """PEFT's model over a copy of `base` with other embeddings, `grown` rows longer; folder holds its adapter and them."""
+    model = copy.deepcopy(base)
+    if grown:
+        model.resize_token_embeddings(64 + grown, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.05)
+    made = wrapped(model, lora_config({"target_modules": [target]}))
+    made.save_pretrained(folder, save_embedding_layers=True)
+    return made
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_peft_saves_beside_the_adapter(
+    tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They take the place of the base's own, a tied head's too, so there is nothing to warn of."""
+    base = llama(tie_word_embeddings=tied)
+    for target in ("q_proj", "embed_tokens"):
+        model = saved_embeddings(tmp_path / target, base, target)
+        adapter = Adapter.load(tmp_path / target)
+        assert "PEFT leaves the head alone" not in caplog.text
+        if target == "q_proj" or not tied:  # an update of a tied embedding can't be merged for one side
+            torch.testing.assert_close(logits(put_into(base, adapter)), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_grown_embeddings_come_back_and_fit_no_smaller_base(tmp_path: Path) -> None:
+    base = llama()
+    model = saved_embeddings(tmp_path / "theirs", base, "q_proj", grown=2)
+    adapter = Adapter.load(tmp_path / "theirs")
+    adapter.save(tmp_path / "ours")
+    wide = copy.deepcopy(base)
+    wide.resize_token_embeddings(66, mean_resizing=False)
+    again = peft.PeftModel.from_pretrained(wide, tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TargetError, match=r"lm_head: weight is \[66, 32\], the layer has \[64, 32\]"):
+        attach(base, adapter)
 
 
 def test_ia3_both_sides(tmp_path: Path) -> None:

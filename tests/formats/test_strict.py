@@ -85,6 +85,15 @@ def test_all_that_is_wrong_is_in_one_error(saved: Path) -> None:
         assert part in text
 
 
+def test_whole_embeddings_need_no_name_in_modules_to_save(saved: Path) -> None:
+    """PEFT's `save_embedding_layers` writes them so, and writes them of itself where the vocabulary grew."""
+    (saved / OURS).unlink()
+    names = ("model.embed_tokens", "lm_head")
+    edit_tensors(saved, lambda t: t.update({f"base_model.model.{n}.weight": torch.ones(66, 16) for n in names}))
+    whole = {p.target: tuple(p.tensors["weight"].shape) for p in Adapter.load(saved).parts if p.kind == "full"}
+    assert whole == dict.fromkeys(names, (66, 16))
+
+
 @pytest.mark.parametrize(
     ("shape", "match"),
     [((8, 2), "expected \\[r, in\\] and \\[out, r\\]"), ((8,), "expected \\[r, in\\] and \\[out, r\\]")],

@@ -18,10 +18,11 @@ from tests.models.tiny import checkpoint
 from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.errors import BaseMismatch, Conflict, FormatError, NotFound, ResourceError, TargetError, Unsupported
+from veneer.formats.gguf_export import export_model
+from veneer.formats.gguf_words import tokenizer_fields
 from veneer.inject import attach, create
-from veneer.merge import agreement, exact, merge, unmerge, write_checkpoint
+from veneer.merge import Merged, agreement, exact, merge, merge_four_bit, unmerge, write_checkpoint
 from veneer.methods.lora import LoRA
-from veneer.models.bank import Bank
 from veneer.models.base import Base, bound
 from veneer.models.load import load_base
 
@@ -81,7 +82,7 @@ def by_definition(path: Path, adapter: Adapter) -> Tensor:
 
 
 def ours(base: Base, adapter: Adapter) -> Tensor:
-    bank = Bank.of((methods.lower(adapter, base),), base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([methods.lower(adapter, base)])
     with torch.no_grad(), bound(base, bank, 0):
         return base.logits(torch.arange(3, 33).view(2, 15))
 
@@ -258,6 +259,30 @@ def test_unmerging_is_bitwise_through_many_cycles(
         assert report.unmerge is not None and report.unmerge < 2
 
 
+def test_a_chain_of_merges_comes_back_link_by_link(tmp_path: Path) -> None:
+    """A base that was merged itself has a card, a note and a way back of its own: the next merge leaves them be."""
+    place = folder(tmp_path)
+    (place / "README.base.md").write_text("a file of the base's own")
+    (place / "README.md").write_text("the base's own card")
+    links = [place]
+    for seed in (1, 2, 3):
+        adapter = trained(load_base(links[-1], "float32"), LoRA(rank=2), 0.02 * seed)
+        merge(links[-1], adapter, tmp_path / f"merged{seed}", unmergeable=True)
+        links.append(tmp_path / f"merged{seed}")
+    at = links.pop()
+    while links:
+        before = {file.name: file.read_bytes() for file in links.pop().iterdir()}
+        at = unmerge(at, tmp_path / f"back{len(links)}")
+        assert {file.name: file.read_bytes() for file in at.iterdir()} == before
+
+
+def test_a_config_may_say_that_nothing_is_quantised(tmp_path: Path) -> None:
+    place = folder(tmp_path)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    merge(place, trained(load_base(place, "float32"), LoRA(rank=2)), tmp_path / "out")
+
+
 def test_a_base_of_the_catalogue_comes_back_as_its_checkpoint(tmp_path: Path) -> None:
     """A base without a folder of its own (a .gguf file, a catalogue name) is unmerged to the checkpoint it is written as."""
     loaded = load_base(folder(tmp_path), "bfloat16")
@@ -339,6 +364,12 @@ def test_a_replaced_head_is_not_the_embedding_it_is_tied_to(both: bool, tmp_path
     assert merge(place, adapter, tmp_path / "out", untie=True).untied
     got, wanted = hf_logits(tmp_path / "out"), ours(base, adapter)
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    export_model(Merged(place, adapter, untie=True), tmp_path / "m.gguf", tokenizer_fields(None, 0), filetype="f32")
+    got = ours(load_base(tmp_path / "m.gguf", "float32"), replace(adapter, parts=()))
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    merge_four_bit(place, adapter, tmp_path / "four", untie=True)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(tensors(tmp_path / "four")[name], tensors(tmp_path / "out")[name])
 
 
 def test_a_head_saved_beside_the_embedding_it_is_tied_to_stays_tied(tmp_path: Path) -> None:
@@ -373,8 +404,15 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_file(half, place / "model.safetensors", metadata={"format": "pt"})
     adapter = trained(load_base(place, "float32"), LoRA(rank=2, targets=("q_proj",)))
     huge = adapter.map_tensors(lambda t: t * 1e4)
+    for seed in (None, 0):
+        with pytest.raises(Unsupported, match=r"q_proj.*float16"):
+            merge(place, huge, tmp_path / "out", stochastic=seed)
+    table = torch.full(half["model.embed_tokens.weight"].shape, 1e6)
+    rows = Part("full", "override", "model.embed_tokens", {"weight": table}, "embedding")
     with pytest.raises(Unsupported, match=r"q_proj.*float16"):
-        merge(place, huge, tmp_path / "out")
+        merge_four_bit(place, huge, tmp_path / "out", double=False)
+    with pytest.raises(Unsupported, match=r"embed_tokens.*float16"):
+        merge_four_bit(place, replace(adapter, parts=(*adapter.parts, rows)), tmp_path / "out", double=False)
     assert not (tmp_path / "out").exists()
     merge(place, adapter, tmp_path / "out")
 

@@ -17,7 +17,7 @@ from veneer.inject import ModuleSource, attach
 from veneer.inject.create import create
 from veneer.methods import parse
 from veneer.methods.dora import DoRA, row_norms
-from veneer.models.bank import Bank, Dropout
+from veneer.models.bank import Dropout
 from veneer.models.project import project
 from veneer.types import Span
 
@@ -35,7 +35,7 @@ def test_dora_drops_its_own_input_and_nothing_else(base_name: str) -> None:
     adapter = adapter.map_tensors(lambda t: t.requires_grad_())
     x = torch.randn(6, base.config.hidden, generator=torch.Generator().manual_seed(0))
     dropout = Dropout(0.4, torch.Generator().manual_seed(7))
-    bank = Bank.of([methods.lower(adapter, base)], base.decoder.groups, base.layout.embed_path, dropout=dropout)
+    bank = base.bank([methods.lower(adapter, base)], dropout=dropout)
     found = project(group, x, [Span(0, 6, 0)], bank)
     keep = torch.empty(x.shape).bernoulli_(0.6, generator=torch.Generator().manual_seed(7)) / 0.6
     d = x * keep

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from tests.models import tiny
 from veneer import methods
 from veneer.adapter import Adapter, Part
-from veneer.errors import TargetError, Unsupported
+from veneer.errors import FormatError, TargetError, Unsupported
 from veneer.inject.create import create
-from veneer.models.bank import Bank, Dropout, spans_of
+from veneer.models.bank import Dropout, spans_of
 from veneer.models.base import Base
 from veneer.models.project import spans_at
 from veneer.types import Segment, Span
@@ -74,7 +74,7 @@ def fresh(base: Base, fields: dict[str, Any]) -> Adapter:
 def native_loss(base: Base, adapter: Adapter, dropout: Dropout | None = None) -> Tensor:
     """The loss as training runs it, its gradients sent back through leaves."""
     lowered = [methods.lower(adapter, base)]
-    bank = Bank.of(lowered, base.decoder.groups, base.layout.embed_path, dropout=dropout)
+    bank = base.bank(lowered, dropout=dropout)
     leaves, pairs = bank.leaves()
     hidden = base.decoder.forward(IDS.reshape(-1), SEGMENTS, leaves, rows=ROWS)
     loss = base.decoder.loss(hidden, LABELS[ROWS], None, spans_at(spans_of(SEGMENTS), ROWS), leaves)
@@ -128,7 +128,7 @@ def test_one_tensor_is_replaced_once() -> None:
 def test_token_rows_on_a_tied_head_keep_its_low_rank_update() -> None:
     base, _ = tiny.base("llama-tied-mha")
     adapter = fresh(base, {"kind": "lora", "rank": 2, "targets": ("lm_head",), "trainable_tokens": (5, SEEN)})
-    bank = Bank.of([methods.lower(adapter, base)], base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([methods.lower(adapter, base)])
     hidden = torch.randn(4, 48, generator=torch.Generator().manual_seed(1))
     table = base.decoder.embed.clone()
     rows = adapter.part("model.embed_tokens", "token_rows").tensors
@@ -169,3 +169,23 @@ def test_a_replaced_tensor_that_nothing_reads_is_refused(target: str) -> None:
     part = Part("full", "override", target, {"weight": torch.ones(48)})
     with pytest.raises(Unsupported, match=f"cannot replace {target}.weight"):
         native_loss(base, Adapter(methods.parse({"kind": "full"}), (part,)))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part("full", "override", "transformer.wte", {"weight": torch.ones(99, 48)}), r"is \[99, 48\], the base has \[97,"),
+        (Part("full", "override", "lm_head", {"weight": torch.ones(99, 48)}), r"is \[99, 48\], the base has \[97, 48\]"),
+        (Part("full", "override", "transformer.ln_f", {"bias": torch.ones(32)}), r"is \[32\], the base has \[48\]"),
+        (Part("full", "override", "transformer.h.0.mlp.c_fc", {"weight": torch.ones(192, 48)}), r"the base has \[48, 192\]"),
+        (Part("token_rows", "override", "transformer.wte", {"rows": torch.ones(1, 32), "tokens": torch.tensor([3])}),
+         r"has rows \[1, 32\], expected \[1, 48\]"),
+        (Part("token_rows", "override", "transformer.wte", {"rows": torch.ones(1, 48), "tokens": torch.tensor([97])}),
+         r"has rows 97 to 97, the base has 97"),
+    ],
+)  # fmt: skip
+def test_a_replaced_tensor_of_another_size_is_refused(part: Part, message: str) -> None:
+    """A head with two rows more would score tokens that the base has not, with no error from any product."""
+    base, _ = tiny.base("gpt2")
+    with pytest.raises(FormatError, match=message):
+        native_loss(base, Adapter(methods.parse({"kind": "lora"}), (part,)))

@@ -24,7 +24,7 @@ from veneer.inits import InitStats
 from veneer.inject.create import create
 from veneer.methods import METHODS, parse
 from veneer.methods import lower as lower_adapter
-from veneer.models.bank import Bank, spans_of
+from veneer.models.bank import spans_of
 from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.types import Segment
@@ -47,7 +47,7 @@ def base(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Base:
 def logits(base: Base, *adapters: Adapter, ids: Tensor = IDS) -> Tensor:
     """Scores of the batch under the first adapter, or under the bare base."""
     lowered = [lower_adapter(adapter, base) for adapter in adapters]
-    bank = Bank.of(lowered, base.decoder.groups, base.layout.embed_path)
+    bank = base.bank(lowered)
     segments = [Segment(ids.shape[1], row, 0 if adapters else -1) for row in range(ids.shape[0])]
     hidden = base.decoder.forward(ids.reshape(-1), segments, bank)
     return base.decoder.logits(hidden, spans_of(segments), bank).view(*ids.shape, -1)
@@ -161,7 +161,7 @@ def test_the_same_as_peft(name: str, base: Base, theirs: Any, tmp_path: Path) ->
         ids = IDS[:1]
         lowered = lower_adapter(adapter, base)
         assert lowered.invocation == tuple(ids[0, 3:5].tolist())
-        bank = Bank.of([lowered], base.decoder.groups, base.layout.embed_path)
+        bank = base.bank([lowered])
         segments = [Segment(3, 0, -1, 0), Segment(6, 0, 0, 3)]
         hidden = base.decoder.forward(ids[0], segments, bank)
         ours = base.decoder.logits(hidden, spans_of(segments), bank)[None]

@@ -100,7 +100,7 @@ def test_adapter_gradients_of_a_step_equal_peft(name: str) -> None:
             layers[part.target].lora_A["default"].weight.copy_(part.tensors["A"])
             layers[part.target].lora_B["default"].weight.copy_(part.tensors["B"])
     ids = prompts((9, 20))
-    bank = Bank.of([lower(adapter, base)], base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([lower(adapter, base)])
     ours = sum(loss(logits, x) for logits, x in zip(packed_logits(base, ids, bank, 0), ids, strict=True))
     wanted = sum(loss(theirs(x[None]).logits[0], x) for x in ids)
     ours.backward()

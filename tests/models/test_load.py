@@ -140,12 +140,11 @@ def test_bound_adapters_are_seen_in_their_own_context_only(folder: Path) -> None
     from veneer.inject import create
     from veneer.methods import lower
     from veneer.methods.lora import LoRA
-    from veneer.models.bank import Bank
 
     base = load_base(folder, dtype="float32")
     generator = torch.Generator().manual_seed(0)
     adapter = create(base, LoRA(rank=2), generator).map_tensors(lambda t: torch.randn(t.shape, generator=generator))
-    bank = Bank.of([lower(adapter, base)], base.decoder.groups, base.layout.embed_path)
+    bank = base.bank([lower(adapter, base)])
     plain = base.logits(IDS)
     with bound(base, bank, 0), ThreadPoolExecutor(1) as pool:
         assert not torch.allclose(base.logits(IDS), plain)

@@ -17,7 +17,7 @@ from tests.works.table import Cell
 from veneer.adapter import Adapter
 from veneer.inject import ModuleSource, attach, create
 from veneer.methods import METHODS, lower, parse
-from veneer.models.bank import Bank, spans_of
+from veneer.models.bank import spans_of
 from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.types import Segment
@@ -176,7 +176,7 @@ def native_logits(base: Base, adapter: Adapter | None) -> Tensor:
 @torch.no_grad()
 def mixed_logits(base: Base, lowered: list[Any], indices: list[int]) -> Tensor:
     """Each row of `IDS` under the adapter of its index."""
-    bank = Bank.of(lowered, base.decoder.groups, base.layout.embed_path)
+    bank = base.bank(lowered)
     segments = [Segment(IDS.shape[1], row, index) for row, index in enumerate(indices)]
     ids = IDS[: len(indices)]
     hidden = base.decoder.forward(ids.reshape(-1), segments, bank)

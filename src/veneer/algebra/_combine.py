@@ -219,8 +219,8 @@ def _refuse_bad_arguments(pairs: Mapping[str, tuple[Adapter, float]], rank: int 
     for name, (adapter, _) in pairs.items():
         if adapter.spec.model_dump().get("invocation"):
             problems.append(f"{name}: it switches on inside a sequence (aLoRA), which a sum can't")
-    if rank is not None and rank < 1:
-        problems.append(f"rank {rank} is below 1")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        problems.append(f"rank is {rank!r}, expected a whole number from 1")
     if problems:
         raise ConfigError(f"these adapters can't be combined:\n{listed(problems)}")
 
@@ -242,7 +242,13 @@ def selects(selector: str, target: str) -> bool:
     (True, True, False)
     """
     if selector.startswith("re:"):
-        return re.fullmatch(selector[3:], target) is not None
+        try:
+            return re.fullmatch(selector[3:], target) is not None
+        except re.error as error:
+            raise ConfigError(
+                f"the selector '{selector}' is not a regular expression: {error}",
+                help="write a name, a glob, or re:REGEX",
+            ) from error
     if any(c in selector for c in "*?["):
         return fnmatch.fnmatchcase(target, selector) or fnmatch.fnmatchcase(target, f"*.{selector}")
     return target == selector or target.endswith("." + selector)
@@ -271,8 +277,8 @@ def _weights(
         for n in special
         if n not in pairs
     ]
-    for name, table in special.items():
-        own = set(pairs[name][0].targets) & set(targets) if name in pairs else set(targets)
+    for name, table in ((n, special[n]) for n in special if n in pairs):
+        own = {p.target for p in pairs[name][0].parts if is_update(p) and p.target is not None}.intersection(targets)
         problems += [f"{name}: '{s}' matches no target of it" for s in table if not any(selects(s, t) for t in own)]
         problems += [f"{name}: the weight at '{s}' is {w}" for s, w in table.items() if not math.isfinite(w)]
     if problems:

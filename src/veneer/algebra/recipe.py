@@ -72,7 +72,7 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_of(fields: Mapping[str, Any], wrong: str) -> Recipe:
     """The recipe of these fields, or one ConfigError that begins with `wrong` and lists everything that is."""
     try:
-        return Recipe(**fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(f"{wrong}:\n{listed([_problem(e) for e in error.errors()])}") from error
 
@@ -94,7 +94,8 @@ def digest(recipe: Recipe, adapters: Mapping[str, Adapter]) -> str:
 def _apart(recipe: Recipe) -> tuple[dict[str, Any], int | None]:
     """The options that are the rule's alone, and the rank, which may stand among them."""
     options = dict(recipe.options)
-    rank = options.pop("rank", recipe.rank)
+    inner = options.pop("rank", None)
+    rank = recipe.rank if inner is None else inner
     if recipe.rank not in (None, rank):
         raise ConfigError(f"the rank is {recipe.rank}, and {rank} among the rule's options", help="say it once")
     if fields := sorted(options.keys() & {*Recipe.model_fields, "weights"}):

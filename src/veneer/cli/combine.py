@@ -4,8 +4,9 @@
     veneer combine --rule svd --rank 16 runs/a/adapter=1 runs/b/adapter=-0.5 --out difference
     veneer combine recipe.yaml --out both
 
-Each argument is FOLDER=WEIGHT. Before the rule runs, what the adapters would do to each other is printed; after it, the relative
-error where a result had to be projected to a rank. `veneer combine --rules` lists the rules and their options.
+Each argument is FOLDER=WEIGHT. What the adapters do to each other where they are combined is printed, and the relative
+error where a result had to be projected to a rank. Beside a recipe stand only --out, --json, and what it leaves open of
+--base and --allow-base-mismatch. `veneer combine --rules` lists the rules and their options.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def command(
         list[str] | None, typer.Argument(metavar="RECIPE.yaml | FOLDER=WEIGHT ...", help="What to combine.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the combined adapter.")] = None,
-    rule: Annotated[str, typer.Option("--rule", help="Combination rule.")] = "linear",
+    rule: Annotated[str | None, typer.Option("--rule", help="Combination rule; linear if not given.")] = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the rule, as density=0.3.")
     ] = None,
@@ -40,13 +41,13 @@ def command(
         float | None, typer.Option("--density", help="The rule's density: --set density=... in short.")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Largest rank of the result.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random rules.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the random rules; 0 if not given.")] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="For adapters that depend on it (DoRA, IA3).")
     ] = None,
     others: Annotated[
-        str, typer.Option("--others", help="Parts that are no weight update: refuse, keep, drop.")
-    ] = "refuse",
+        str | None, typer.Option("--others", help="Parts that are no weight update: refuse (if not given), keep, drop.")
+    ] = None,
     allow_base_mismatch: Annotated[
         str | None, typer.Option(metavar="REASON", help="Combine adapters of different bases; recorded.")
     ] = None,
@@ -67,20 +68,23 @@ def command(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Conflict(f"{out} is already there", help="choose a new folder, or remove this one")
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+        recipe = read_recipe(Path(sources[0]))
         told = {
-            "--rule": rule != "linear", "--set": options, "--density": density is not None, "--rank": rank, "--seed": seed,
-            "--base": base, "--others": others != "refuse", "--allow-base-mismatch": allow_base_mismatch,
+            "--rule": rule, "--set": options or None, "--density": density, "--rank": rank, "--seed": seed,
+            "--others": others, "--base": recipe.base and base,
+            "--allow-base-mismatch": recipe.allow_base_mismatch and allow_base_mismatch,
         }  # fmt: skip
-        if named := [option for option, given in told.items() if given]:
+        if named := [option for option, given in told.items() if given is not None]:
             raise ConfigError(
                 f"{sources[0]} says how to combine; {', '.join(named)} would have no effect",
                 help="write it into the recipe",
             )
-        recipe = read_recipe(Path(sources[0]))
+        missing = {"base": base, "allow_base_mismatch": allow_base_mismatch}
+        recipe = recipe.model_copy(update={key: value for key, value in missing.items() if value is not None})
     else:
         fields: dict[str, Any] = {
             "rule": rule,
-            "options": _options(options or []) | ({} if density is None else {"density": density}),
+            "options": _options(options or [], density),
             "adapters": _entries(sources),
             "base": base,
             "rank": rank,
@@ -88,11 +92,12 @@ def command(
             "others": others,
             "allow_base_mismatch": allow_base_mismatch,
         }
-        recipe = recipe_of(fields, "these adapters can't be combined")
+        given = {key: value for key, value in fields.items() if value is not None}
+        recipe = recipe_of(given, "these adapters can't be combined")
     loaded = {name: Adapter.load(entry.path) for name, entry in recipe.adapters.items()}
     host = _base(recipe)
     made = run_recipe(recipe, {e.path: loaded[n] for n, e in recipe.adapters.items()}.__getitem__, host)
-    before = interference(loaded, host, made.adapter.targets) if len(loaded) > 1 else None
+    before = interference(loaded, host, {t.target for t in made.report.targets}) if len(loaded) > 1 else None
     made.adapter.save(out)
     if as_json:
         say_json(_as_json(made, before, out))
@@ -130,13 +135,18 @@ def _entries(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {name: {"path": path, "weight": weight} for name, (path, weight) in zip(unique, pairs, strict=True)}
 
 
-def _options(texts: Sequence[str]) -> dict[str, Any]:
-    found = {}
+def _options(texts: Sequence[str], density: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {} if density is None else {"density": density}
     for text in texts:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--set {text}: expected KEY=VALUE")
-        found[key] = yaml.safe_load(value)
+        if key in found:
+            raise ConfigError(f"--set {text}: {key} is given twice", help="say it once")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not YAML: {error}", help="as --set density=0.3") from error
     return found
 
 

@@ -23,7 +23,6 @@ from veneer.formats.peft import expressible
 from veneer.formats.veneer_json import scales
 
 NAME = "README.md"
-OF_BASE = "README.base.md"
 UNKNOWN = "unknown"
 
 Form: TypeAlias = Literal["adapter", "merged", "gguf", "gguf-adapter", "ollama"]

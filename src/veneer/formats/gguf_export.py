@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -30,12 +31,26 @@ from veneer.models.checkpoint import canonical, shapes
 from veneer.models.config import DecoderConfig, Layout
 from veneer.models.families import decoder_config, layout
 from veneer.models.gguf import FAMILY, UNSCALED_GEMMA
+from veneer.models.rope import scaled_frequencies
 from veneer.types import LowRank
 
 FileType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 ARCH = {family: arch for arch, family in FAMILY.items()} | {"mistral": "llama"}
 BLOCK = 32
+YARN = ("rope_type", "factor", "original_max_position_embeddings", "max_position_embeddings")
+"""What a file says of YaRN."""
 EXACT = ("f32", "f16", "bf16")
+LARGEST = {"f16": 65520.0, "q8_0": 127 * 65520.0}
+"""From here on a value is infinite in that type: fp16 rounds 65520 up, and q8_0 has an fp16 scale."""
+SLIDING = {"gemma2": 2, "gemma3": 6}
+"""llama.cpp's architectures with a sliding window: every n-th layer sees everything. Phi-3's is read and disabled."""
+ACTIVATIONS = {
+    "gemma2": ("gelu_tanh",),
+    "gemma3": ("gelu_tanh",),
+    "gpt2": ("gelu_tanh",),
+    "gptneox": ("gelu", "gelu_tanh"),
+}
+"""What is not silu."""
 BY_HAND = "merge it and convert the checkpoint with llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -134,12 +149,11 @@ def export_model(
     where = plan(model.config)
     source = canonical(where.config, where.layout, {n: model.shape(n) for n in model.names()}, name)
     types = {n: _type_of(where, n, model.shape(source[n]), filetype) for n in source}
-    with replacing(Path(path)) as part:
-        writer = GGUFWriter(part, where.arch)
+    with replacing(Path(path)) as part, closing(GGUFWriter(part, where.arch)) as writer:
         writer.add_name(name)
         writer.add_file_type(LlamaFileType[_FILE_TYPES[filetype]])
         writer.add_quantization_version(2)
-        _add_config(writer, where, model.config)
+        _add_config(writer, where)
         for key, value in words.items():
             _add(writer, key, value)
         extra = _rope_factors(where.config)
@@ -155,8 +169,7 @@ def export_model(
         for values in extra.values():
             writer.write_tensor_data(values)
         for n in source:
-            writer.write_tensor_data(_encoded(_ordered(where, n, model.tensor(source[n]).float()), types[n]))
-        writer.close()
+            writer.write_tensor_data(_encoded(n, _ordered(where, n, model.tensor(source[n]).float()), types[n]))
 
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -190,10 +203,17 @@ def _announce(writer: Any, name: str, tensor: Tensor, filetype: FileType) -> Non
         writer.add_tensor_info(name, (*shape[:-1], row), np.dtype(np.uint8), nbytes, raw_dtype=kind)
 
 
-def _encoded(tensor: Tensor, filetype: FileType) -> Any:
+def _encoded(name: str, tensor: Tensor, filetype: FileType) -> Any:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    if filetype in LARGEST and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        largest = max(-float(low), float(high))
+        if largest >= LARGEST[filetype]:
+            raise Unsupported(
+                f"'{name}' has values of {largest:.3g}, which {filetype} can't hold", help="--type bf16 or f32"
+            )
     if filetype == "q8_0":
         return q8_0(tensor).numpy()
     return quantize(tensor.contiguous().numpy(), GGMLQuantizationType[filetype.upper()])
@@ -222,8 +242,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, list(value))
 
 
-def _add_config(writer: Any, where: Plan, raw: Mapping[str, Any]) -> None:
+def _add_config(writer: Any, where: Plan) -> None:
     """The architecture's fields."""
+    _refuse_unsaid(where)
     c, own = where.config, f"{where.arch}."
     layers_norm = "attention.layer_norm_epsilon" if c.norm == "layer" else "attention.layer_norm_rms_epsilon"
     fields: dict[str, Any] = {
@@ -241,23 +262,25 @@ def _add_config(writer: Any, where: Plan, raw: Mapping[str, Any]) -> None:
     if c.positions == "rope":
         fields |= {"rope.dimension_count": c.rope.dim, "rope.freq_base": c.rope.theta, **_rope_fields(c)}
     window = next((w for w in c.windows if w is not None), None)
-    if window is not None and where.arch != "llama":
+    if window is not None and where.arch in SLIDING:
         fields["attention.sliding_window"] = window
     for key, value in (("attn_logit_softcapping", c.attention_softcap), ("final_logit_softcapping", c.logit_softcap)):
         if value is not None:
             fields[key] = float(value)
     if where.arch == "gptneox":
         fields["use_parallel_residual"] = c.block == "parallel"
-    _refuse_unsaid(where, raw, window)
     for key, value in fields.items():
         _add(writer, own + key, value)
 
 
-def _refuse_unsaid(where: Plan, raw: Mapping[str, Any], window: int | None) -> None:
+def _refuse_unsaid(where: Plan) -> None:
     """What would be lost without a word: llama.cpp fixes it per architecture and a .gguf file has no field for it."""
-    c, problems = where.config, []
-    if window is not None and where.arch == "llama":
-        problems.append(f"a sliding window of {window}: llama.cpp's llama has none")
+    c, problems = where.config, _windows(where)
+    if c.activation not in ACTIVATIONS.get(where.arch, ("silu",)):
+        problems.append(f"the activation {c.activation}")
+    capped = where.arch == "gemma2"
+    if capped == (c.attention_softcap is None) or (capped and c.logit_softcap is None):
+        problems.append("soft caps of scores and logits: Gemma 2 always has both, no other has one on scores")
     usual = c.head_dim**-0.5
     if UNSCALED_GEMMA.get(c.layers) == c.family:
         usual = (c.hidden // c.heads) ** -0.5
@@ -265,8 +288,37 @@ def _refuse_unsaid(where: Plan, raw: Mapping[str, Any], window: int | None) -> N
         problems.append(f"an attention scale of {c.attention_scale:.4g}, expected {usual:.4g}")
     if c.local_rope is not None and (c.local_rope.theta != 10000.0 or c.local_rope.scaling):
         problems.append(f"local rotary positions with theta {c.local_rope.theta}")
+    problems += _yarn_beyond(c)
     if problems:
-        raise Unsupported(f"a .gguf file can't say this about the model:\n{listed(problems)}", help=BY_HAND)
+        raise Unsupported(
+            f"a .gguf file can't say this about the model, and llama.cpp computes another:\n{listed(problems)}",
+            help="`veneer merge` writes a checkpoint, which says all of it",
+        )
+
+
+def _windows(where: Plan) -> list[str]:
+    """Sliding windows that the architecture has elsewhere or not at all. One that no context fills is none."""
+    c, every = where.config, SLIDING.get(where.arch)
+    if every is None:
+        found = {window for window in c.windows if window is not None and window < c.max_positions}
+        return [f"a sliding window of {window}: llama.cpp's {where.arch} has none" for window in found]
+    if [window is not None for window in c.windows] == [i % every > 0 for i in range(1, c.layers + 1)]:
+        return []
+    return [f"which layers have a sliding window: in llama.cpp's {where.arch} all but every {every}."]
+
+
+def _yarn_beyond(c: DecoderConfig) -> list[str]:
+    """Numbers of YaRN that are not llama.cpp's own, where they make a difference."""
+    if c.rope.scaling.get("rope_type") != "yarn":
+        return []
+    said = {k: v for k, v in c.rope.scaling.items() if k in YARN}
+    given, usual = (
+        scaled_frequencies(rope, rope.dim, c.max_positions, 1) for rope in (c.rope, replace(c.rope, scaling=said))
+    )
+    if torch.allclose(given[0], usual[0], rtol=1e-6, atol=0) and abs(given[1] / usual[1] - 1) < 1e-6:
+        return []
+    numbers = (f"{k} {v}" for k, v in c.rope.scaling.items() if k not in YARN and v is not None)
+    return [f"rotary scaling 'yarn' with {', '.join(numbers)}"]
 
 
 def _rope_fields(c: DecoderConfig) -> dict[str, Any]:
@@ -316,8 +368,7 @@ def export_adapter(
     where = plan(raw)
     pairs = _products(methods.folded(adapter), where)
     alpha, pairs = _one_alpha(adapter, pairs)
-    with replacing(Path(path)) as part:
-        writer = GGUFWriter(part, where.arch)
+    with replacing(Path(path)) as part, closing(GGUFWriter(part, where.arch)) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
@@ -330,13 +381,12 @@ def export_adapter(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def _whole(writer: Any, name: str, tensor: Tensor, filetype: FileType) -> None:
     from gguf import GGMLQuantizationType
 
-    encoded = _encoded(tensor, filetype)
+    encoded = _encoded(name, tensor, filetype)
     if filetype == "bf16":
         writer.add_tensor(name, encoded, raw_dtype=GGMLQuantizationType.BF16)
     else:
@@ -374,7 +424,7 @@ def _products(adapter: Adapter, where: Plan) -> dict[str, tuple[Tensor, Tensor]]
     if problems:
         raise TargetError(
             f"a .gguf adapter holds plain LoRA only, and this one has:\n{listed(problems)}",
-            help="export --format gguf merges it into the model, whatever the method",
+            help="export --format gguf merges it into the model, whatever the method; `veneer serve` serves an aLoRA",
         )
     return found
 

@@ -34,6 +34,8 @@ _DECODER = re.compile(
 )
 
 _EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
+_VOCABULARY = frozenset({"embed_tokens", "wte", "embed_in", "lm_head", "embed_out"})
+"""The last names of input and output embeddings: PEFT's `save_embedding_layers` writes them whole, where they grew too."""
 
 
 def expressible(adapter: Adapter) -> bool:
@@ -206,7 +208,7 @@ def _companion_parts(config: Mapping[str, Any], found: Sorted, reading: _Reading
     for path in natural(found.whole):
         tensors = found.whole[path]
         wanted = any(path.endswith(name) for name in saved)  # PEFT's rule: `norm` takes input_layernorm too
-        copied = path in found.modules or _is_tied_copy(path, config, found)
+        copied = path in found.modules or path.rpartition(".")[2] in _VOCABULARY or _is_tied_copy(path, config, found)
         if wanted or copied or (biases and set(tensors) == {"bias"}):
             reading.parts.append(Part("full", "override", path, dict(tensors)))
         else:
@@ -228,11 +230,15 @@ def _companion_parts(config: Mapping[str, Any], found: Sorted, reading: _Reading
 
 
 def _untied_embedding(config: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
-    """A whole embedding that PEFT would replace on the input side only, also where the base's head is tied to it."""
+    """A whole embedding that PEFT would replace on the input side only, also where the base's head is tied to it.
+
+    Only `modules_to_save` makes such a copy; what PEFT writes into the base's own embedding reaches a tied head.
+    """
     whole = [p.target for p in parts if p.kind == "full" and p.target is not None and "weight" in p.tensors]
     if config.get("ensure_weight_tying") or any(path in ("lm_head", "embed_out") for path in whole):
         return None
-    return next((path for path in whole if path in _EMBEDDINGS), None)
+    saved = tuple(config.get("modules_to_save") or ())
+    return next((path for path in whole if path in _EMBEDDINGS and path.endswith(saved)), None)
 
 
 def _is_tied_copy(path: str, config: Mapping[str, Any], found: Sorted) -> bool:

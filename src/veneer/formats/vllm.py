@@ -52,7 +52,8 @@ def servable(adapter: Adapter) -> tuple[Adapter, int]:
     if problems:
         raise Unsupported(
             f"vLLM can't serve this adapter as it is:\n{listed(problems)}",
-            help="`veneer merge` bakes any of it into a model; `veneer combine --rule svd` makes a LoRA of a DoRA or IA3",
+            help="`veneer serve` serves any of it; `veneer merge` bakes all but an aLoRA into a model, "
+            "and `veneer combine --rule svd` makes a LoRA of a DoRA or IA3",
         )
     pairs = {str(p.target): pair for p in adapter.parts if p.target and (pair := _product(adapter, p))}
     hosts = {str(p.target): p.host for p in adapter.parts}

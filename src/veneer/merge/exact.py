@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,14 +29,15 @@ from torch import Tensor
 
 from veneer.errors import Conflict, FormatError, NotFound
 from veneer.formats.card import NAME as README
-from veneer.formats.card import OF_BASE
-from veneer.formats.checkpoint import TensorFile, open_tensors, read_json
+from veneer.formats.checkpoint import TensorFile, open_tensors, plain_file, read_json
 from veneer.formats.folder import replace_folder
 from veneer.merge.rounding import LowRankRows, blocks, rounded, working_dtype
 from veneer.merge.store import Entry, FolderStore, Shard, raw_bytes, write_shards
 
 RECORD = "veneer_unmerge.safetensors"
 NOTE = "veneer_merge.json"
+OWN = (README, NOTE, RECORD)
+"""What a merge writes besides the model."""
 BITS = {2: torch.int16, 4: torch.int32}
 ESCAPE = -128
 LEVEL = 6
@@ -168,11 +171,36 @@ class _Merged(FolderStore):
 
     def copy_words(self, folder: Path) -> None:
         super().copy_words(folder)
-        if (folder / NOTE).exists() and read_json(folder / NOTE).get("card"):
-            (folder / README).unlink(missing_ok=True)
-            if (folder / OF_BASE).exists():
-                (folder / OF_BASE).rename(folder / README)
-        (folder / NOTE).unlink(missing_ok=True)
+        copy_records(self.path, folder, but=RECORD)
+        carded = (folder / NOTE).exists() and read_json(folder / NOTE).get("card")
+        for name in OWN if carded else (NOTE, RECORD):
+            (folder / name).unlink(missing_ok=True)
+            for file in _kept(folder, name):
+                file.rename(folder / file.name.replace(".base", "", 1))
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for what a merge writes: files of these names, the base's own, get a `.base` into theirs.
+
+    A base that was merged itself has files that were set aside: each moves one further, unmerging takes one back.
+    """
+    for name in OWN:
+        for file in reversed(_kept(folder, name)):
+            file.rename(file.with_suffix(f".base{file.suffix}"))
+
+
+def copy_records(source: Path, folder: Path, *, but: str = "") -> None:
+    """Copy the ways back that a merged folder has, which are no words and no weights."""
+    for file in (file for file in _kept(source, RECORD) if file.name != but):
+        shutil.copyfile(plain_file(source, file.name), folder / file.name)
+
+
+def _kept(folder: Path, name: str) -> list[Path]:
+    """The file of this name and those set aside, the latest first."""
+    stem, suffix = (re.escape(part) for part in os.path.splitext(name))
+    return sorted(
+        (f for f in folder.iterdir() if re.fullmatch(rf"{stem}(\.base)*{suffix}", f.name)), key=lambda f: len(f.name)
+    )
 
 
 def _facts(record: TensorFile) -> dict[str, dict[str, str]]:

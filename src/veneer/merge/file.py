@@ -25,11 +25,11 @@ from veneer.adapter import Adapter
 from veneer.base.identity import Verdict, compare, same_weights, sampled
 from veneer.errors import BaseMismatch, Conflict, Unsupported
 from veneer.formats.card import NAME as README
-from veneer.formats.card import OF_BASE, Story, card
+from veneer.formats.card import Story, card
 from veneer.formats.folder import replace_folder
-from veneer.merge.exact import NOTE, RECORD, Recorder
+from veneer.merge.exact import NOTE, RECORD, Recorder, copy_records, set_aside
 from veneer.merge.plan import Edit, Places, edits
-from veneer.merge.rounding import LowRankRows, Rounded, Update, blocks, merged, share_lost
+from veneer.merge.rounding import LowRankRows, Rounded, Update, blocks, merged, overflow, share_lost
 from veneer.merge.store import (
     BaseStore,
     Entry,
@@ -194,6 +194,9 @@ class _Job:
 
     def write(self, folder: Path, adapter: Adapter, verdict: Verdict, story: Story) -> None:
         self.store.copy_words(folder)
+        if self.recorder is not None and isinstance(self.store, FolderStore):
+            copy_records(self.store.path, folder)
+        set_aside(folder)
         shards: tuple[Shard, ...] = with_extra(self.store.shards(), self.extra)
         write_shards(folder, shards, self.produce, WORKERS)
         if self.config != self.store.config:
@@ -230,11 +233,7 @@ class _Job:
     def keep(self, name: str, result: Rounded) -> None:
         """File what was measured of a tensor; refuse one that its dtype can't hold."""
         if not math.isfinite(result.lost_square):
-            dtype = str(self.store.tensor(self.edits[name].source).dtype).removeprefix("torch.")
-            raise Unsupported(
-                f"'{name}' with the update in it has values that are no finite {dtype}",
-                help="merge into a bfloat16 or float32 checkpoint, or look at the adapter: `veneer doctor`",
-            )
+            raise overflow(name, self.store.tensor(self.edits[name].source).dtype)
         self.results[name] = result
 
     def found(self) -> tuple[Fidelity, ...]:
@@ -283,9 +282,7 @@ class _Merging(Written):
 
 
 def write_card(folder: Path, adapter: Adapter, story: Story, store: BaseStore | FolderStore) -> None:
-    """Put the model card into a merged folder; the base's own, where one was copied, moves aside."""
-    if (folder / README).exists():
-        (folder / README).rename(folder / OF_BASE)
+    """Put the model card into a merged folder."""
     told = story if story.base_licence else replace(story, base_licence=licence(store))
     (folder / README).write_text(card(adapter, told, "merged", store.name), "utf-8")
 

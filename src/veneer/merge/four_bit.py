@@ -29,7 +29,9 @@ from veneer.base.identity import Verdict
 from veneer.errors import Conflict, Unsupported
 from veneer.formats.card import Story
 from veneer.formats.folder import replace_folder
+from veneer.merge.exact import set_aside
 from veneer.merge.file import Merged, belongs, stream, write_card
+from veneer.merge.rounding import overflow
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, write_shards
 from veneer.models.base import Base
 from veneer.models.families import decoder_config, layout
@@ -125,6 +127,7 @@ class _Job:
 
     def write(self, folder: Path) -> None:
         self.store.copy_words(folder)
+        set_aside(folder)
         write_shards(folder, self._shards(), self._produce)
         if self.gain < ENOUGH:
             raise Unsupported(
@@ -175,14 +178,21 @@ class _Job:
     def _produce(self, name: str) -> Tensor:
         weight = next((w for w in (name, name.rpartition(".")[0], name.rsplit(".", 2)[0]) if w in self.chosen), None)
         if weight is None:
-            return self.merged.tensor(name).to(self.merged.dtype(name))
+            return self._held(name)
         if self._now[0] != weight:
             self._now = (weight, self._quantised(weight))
         return self._now[1][name]
 
+    def _held(self, name: str) -> Tensor:
+        """A tensor that stays in the checkpoint's dtype."""
+        value, dtype = self.merged.tensor(name), self.merged.dtype(name)
+        _refuse_overflow(name, value, dtype)
+        return value.to(dtype)
+
     def _quantised(self, name: str) -> dict[str, Tensor]:
         original, table = self.store.tensor(name), TABLES[self.levels]
         sum_, before = self.merged.tensor(name).float(), original.float()
+        _refuse_overflow(name, sum_, original.dtype)
         if self.route == "original":
             stored = four_bit.quantise(sum_, table, double=self.double)
         else:
@@ -197,6 +207,12 @@ class _Job:
             float(delta.square().sum(dtype=torch.float64)),
         )
         return _tensors(name, stored, self.levels, str(original.dtype).removeprefix("torch."))
+
+
+def _refuse_overflow(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Values that are stored in fp16, or that bitsandbytes gives back in it: the checkpoint's dtype."""
+    if dtype == torch.float16 and value.dtype != dtype and not value.half().isfinite().all():
+        raise overflow(name, dtype)
 
 
 def stochastic(weight: Tensor, table: Table, generator: torch.Generator, *, double: bool) -> FourBit:

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from veneer.errors import Unsupported
 from veneer.ops.native import merge as native
 
 BLOCK = 2**18
@@ -131,7 +132,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
         return nearest
     bits = {2: torch.int16, 4: torch.int32}[nearest.element_size()]
     magnitude = exact.abs()
-    over = nearest.abs().to(exact.dtype) > magnitude
+    over = (nearest.abs().to(exact.dtype) > magnitude) & nearest.isfinite()
     # The bit patterns of floats of one sign are in order: one less is the next smaller magnitude.
     low = (nearest.view(bits) - over.to(bits)).view(dtype)
     high = (low.view(bits) + 1).view(dtype)
@@ -139,6 +140,14 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     draw = torch.rand(exact.shape, generator=generator, dtype=exact.dtype)
     up = draw * (large - small) < magnitude - small
     return torch.where(up & torch.isfinite(high), high, low)
+
+
+def overflow(name: str, dtype: torch.dtype) -> Unsupported:
+    """The refusal of a merged tensor that its dtype can't hold."""
+    return Unsupported(
+        f"'{name}' with the update in it has values that are no finite {str(dtype).removeprefix('torch.')}",
+        help="merge into a bfloat16 or float32 checkpoint, or look at the adapter: `veneer doctor`",
+    )
 
 
 def share_lost(lost_square: float, delta_square: float) -> float:

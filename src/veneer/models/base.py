@@ -166,7 +166,9 @@ class Base:
 
     def bank(self, lowered: Sequence[Lowered], *, dropout: Dropout | None = None) -> Bank:
         """Lowered adapters packed for this base's decoder: row i of a pass uses the one that its segment names."""
-        return Bank.of(lowered, self.decoder.groups, self.layout.embed_path, dropout=dropout)
+        bank = Bank.of(lowered, self.decoder.groups, self.layout.embed_path, dropout=dropout)
+        self.decoder.check(bank)
+        return bank
 
     def samples(self, target: str) -> tuple[float, ...]:
         """64 values of the frozen weight at fixed places, from the checkpoint's own precision."""

@@ -12,14 +12,14 @@ argument; keys and values of earlier tokens live in the `cache` argument.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from veneer.errors import Unsupported
+from veneer.errors import FormatError, Unsupported, listed
 from veneer.models.bank import EMPTY, Bank, spans_of
 from veneer.models.config import DecoderConfig, Layout, PartSpec
 from veneer.models.group import Group
@@ -54,10 +54,7 @@ class Decoder:
         if config.tied_head:
             part = PartSpec(layout.head_path, 0, config.vocab)
             self.groups["head"] = Group("head", DenseFrozen(self.embed), None, (part,))
-        projections = {layout.head_path, *(part.path for group in layout.groups for part in group.parts)}
-        norms = {stored for name, stored in layout.tensors.items() if name not in ("embed", "positions")}
-        self._replaceable = norms | {f"{path}.{kind}" for path in projections for kind in ("weight", "bias")}
-        self._replaceable.add(f"{layout.embed_path}.weight")
+        self._replaceable = self._sizes()
         self._rope = {
             local: RopeTable(rope, config.head_dim, config.max_positions, self.device)
             for local, rope in ((False, config.rope), (True, config.local_rope))
@@ -65,6 +62,34 @@ class Decoder:
         }
         halves = {local: table.half for local, table in self._rope.items()}
         self._steps = Steps(config, self.groups, self.tensors, halves)
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's names of what an adapter can replace, and its size as stored there."""
+        small = {n: stored for n, stored in self.layout.tensors.items() if n in self.tensors and n != "positions"}
+        found = {stored: tuple(self.tensors[n].shape) for n, stored in small.items()}
+        for group in self.groups.values():
+            for part in group.parts:
+                size = (part.stop - part.start, group.frozen.in_features)
+                found[f"{part.path}.weight"] = size[::-1] if group.transposed else size
+                found[f"{part.path}.bias"] = size[:1]
+        found[f"{self.layout.embed_path}.weight"] = tuple(self.embed.shape)
+        return found
+
+    def check(self, bank: Bank) -> None:
+        """Refuse replaced tensors that no line of this decoder reads, a silent loss of what was trained, or of another size."""
+        replaced = [(name, override) for own in bank.overrides for name, override in own.items()]
+        if unread := sorted({name for name, _ in replaced} - self._replaceable.keys()):
+            raise Unsupported(
+                f"the native decoder cannot replace {', '.join(unread)}",
+                help="attach the adapter to the transformers model, or check that it was made for this base",
+            )
+        if misfits := [
+            line for name, override in replaced for line in _misfits(name, override, self._replaceable[name])
+        ]:
+            raise FormatError(
+                f"this adapter does not fit the base:\n{listed(misfits)}",
+                help="was it made for another base, or for this one with a resized vocabulary?",
+            )
 
     # -- the pass ------------------------------------------------------------------------------------------------------
 
@@ -88,7 +113,6 @@ class Decoder:
         recompute  the first so many blocks drop their activations and run again in the backward pass
         """
         segments = bank.activated(tokens, segments) if cache is None else segments
-        self._check_overrides(bank)
         h, state, keep = self._embed(tokens, segments, bank, cache)
         wanted = keep if rows is None else rows if keep is None else keep[rows]
         last = self.config.layers - 1
@@ -200,14 +224,6 @@ class Decoder:
             return x, state, None
         every = torch.arange(target, device=self.device)
         return x, state, torch.cat([every[part] for part in keep])
-
-    def _check_overrides(self, bank: Bank) -> None:
-        """A replaced tensor that no line of this decoder reads would be a silent loss of what was trained."""
-        if unread := sorted({name for own in bank.overrides for name in own.keys() - self._replaceable}):
-            raise Unsupported(
-                f"the native decoder cannot replace {', '.join(unread)}",
-                help="attach the adapter to the transformers model, or check that it was made for this base",
-            )
 
     def _check_length(self, positions: Tensor) -> None:
         longest = int(positions.max()) + 1 if positions.numel() else 0
@@ -385,6 +401,16 @@ class Decoder:
         packed = bank.groups.get("head")
         touched = packed is not None and any(s.index >= 0 and packed.slot[s.index] >= 0 for s in spans)
         return touched or self._overridden("head", spans, bank)
+
+
+def _misfits(name: str, override: Override, size: tuple[int, ...]) -> Iterator[str]:
+    value, rows = tuple(override.value.shape), override.rows
+    if rows is None and value != size:
+        yield f"{name} is {list(value)}, the base has {list(size)}"
+    if rows is not None and value != (len(rows), *size[1:]):
+        yield f"{name} has rows {list(value)}, expected {[len(rows), *size[1:]]}"
+    elif rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size[0]:
+        yield f"{name} has rows {int(rows.min())} to {int(rows.max())}, the base has {size[0]}"
 
 
 def _positions(runs: Sequence[Run], device: torch.device) -> Tensor:
