@@ -231,6 +231,7 @@ def test_rebuild_leaves_out_what_is_damaged_and_says_so(tmp_path: Path) -> None:
     root = tmp_path / "library"
     library = _rich(root)
     blob = library.show("tickets@3").files[1].blob
+    of_letters = [file.blob for file in library.show("letters").files]
     library.close()
     _lose(root)
     (root / "blobs" / blob[:2] / blob).unlink()
@@ -242,8 +243,14 @@ def test_rebuild_leaves_out_what_is_damaged_and_says_so(tmp_path: Path) -> None:
     assert any("tickets@production pointed to version 3" in line for line in rebuilt.left_out)
     assert refs(Library(root).list()) == ["tickets@1"]
     tensors = root / "manifests" / "tickets" / "3.json"
-    assert Library(root).gc().kept == ("tickets@3",) and tensors.exists()
+    manifest = root / "manifests" / "letters" / "1.json"
+    before = files_under(root / "blobs")
+    assert Library(root).gc().kept == ("letters@1", "tickets@3") and tensors.exists() and manifest.exists()
+    assert files_under(root / "blobs") == before  # what an unreadable manifest needs can't be told
     assert Library(root).add(make(9), "letters").version.ref == "letters@2"  # the damaged manifest of letters@1 stays
+    Library(root).gc(unknown=True)
+    left = {path.name for path in (root / "blobs").rglob("*") if path.is_file()}
+    assert not manifest.exists() and not left.issuperset(of_letters)
 
 
 def test_a_damaged_measurement_takes_no_weights_along(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,11 @@ def gc(place: Place, catalogue: Catalogue, *, dry_run: bool = False, unknown: bo
 
 
 def spare_files(blobs: Blobs, connection: Connection, *, unknown: bool = False) -> Spare:
-    """What the catalogue doesn't know. A version that `rebuild` left out is not spare, unless `unknown` ones are as well."""
+    """What the catalogue doesn't know.
+
+    A version that `rebuild` left out is not spare, unless `unknown` ones are as well, and none of the blobs where its manifest is
+    unreadable.
+    """
     needed = set(connection.execute(select(t.files.c.blob).distinct()).scalars())
     c, n = t.versions.c, t.names.c
     following = {name: number for name, number in connection.execute(select(n.name, n.next))}
@@ -63,32 +66,35 @@ def spare_files(blobs: Blobs, connection: Connection, *, unknown: bool = False) 
     for name, version in connection.execute(select(c.name, c.version)):
         known.update(_records(blobs, name, version))
     records = blobs.files("manifests")
-    kept = [] if unknown else _left_out(blobs, connection, [path for path in records if path not in known], following)
-    for manifest in kept:
-        needed.update(file.blob for file in manifest.files)
-        known.update(_records(blobs, manifest.name, manifest.version))
+    kept = {} if unknown else _left_out(blobs, connection, [path for path in records if path not in known], following)
+    for (name, version), manifest in kept.items():
+        needed.update(file.blob for file in (manifest.files if manifest else ()))
+        known.update(_records(blobs, name, version))
+    stored = {} if None in kept.values() else blobs.files("blobs")  # what can't be read may need any of them
     return Spare(
-        {path: size for path, size in blobs.files("blobs").items() if os.path.basename(path) not in needed},
+        {path: size for path, size in stored.items() if os.path.basename(path) not in needed},
         {path: size for path, size in records.items() if path not in known},
-        tuple(f"{manifest.name}@{manifest.version}" for manifest in kept),
+        tuple(f"{name}@{version}" for name, version in kept),
     )
 
 
 def _left_out(
     blobs: Blobs, connection: Connection, paths: Sequence[str], following: Mapping[str, int]
-) -> list[Manifest]:
-    """Readable manifests among `paths` that a `rebuild` met.
+) -> dict[tuple[str, int], Manifest | None]:
+    """Manifests among `paths` that a `rebuild` met, by name and number; None for one that can't be read.
 
     The catalogue has counted past their numbers. A killed writer's number is still to be given; a removed one is known as such.
     """
     c = t.removed.c
     removed = {(name, version) for name, version in connection.execute(select(c.name, c.version))}
-    found: list[Manifest] = []
+    found: dict[tuple[str, int], Manifest | None] = {}
     for path in paths:
         place = _numbered(blobs, path)
         if place is not None and place not in removed and place[1] < following.get(place[0], 0):
-            with contextlib.suppress(VeneerError):
-                found.append(_manifest_at(blobs, path)[0])
+            try:
+                found[place] = _manifest_at(blobs, path)[0]
+            except VeneerError:
+                found[place] = None
     return found
 
 
