@@ -99,6 +99,14 @@ def test_what_a_refusal_advises_is_a_command(veneer: Shell) -> None:
     veneer("alias tickets@1 production --demand general_loss=0.1")
 
 
+def test_an_add_whose_alias_is_refused_says_what_was_added(veneer: Shell) -> None:
+    veneer("add a --name tickets --metric loss=2.0")
+    veneer("alias tickets@1 production --demand loss=0.1")
+    veneer("add b --name tickets --alias production", code=1)
+    assert "tickets@2 is in the library, but not 'production': " in veneer.errors
+    assert veneer.json("show tickets")["ref"] == "tickets@1"
+
+
 def test_an_adapter_that_is_there_takes_new_metrics(veneer: Shell) -> None:
     veneer("add a --name tickets")
     veneer("add a --name tickets --metric f1=0.5 --note late")

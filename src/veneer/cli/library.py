@@ -22,7 +22,7 @@ from veneer.cli._card import Licence, story_of_record
 from veneer.cli._library_text import alias_text, base_text, fields, say_difference, say_record, share_text
 from veneer.cli._options import Json
 from veneer.cli._output import bytes_text, count_text, note, say, say_json, say_table
-from veneer.errors import ConfigError, NotFound
+from veneer.errors import ConfigError, NotFound, VeneerError
 
 if TYPE_CHECKING:
     from veneer.library import Alias, Library, Loralib
@@ -78,7 +78,7 @@ def add(
         loralib=_loralib(rank, alpha),
         note=note_text,
     )
-    moved = shelf.alias(added.version.ref, alias) if alias is not None else None
+    moved = _moved(shelf, added.version.ref, alias) if alias is not None else None
     if as_json:
         say_json({**fields(added.version), "new": added.new, "notes": added.notes, "alias": moved and asdict(moved)})
         return
@@ -89,6 +89,13 @@ def add(
         say(f"added {version.ref}: {version.method}, {bytes_text(version.bytes)}, base {base_text(version)}")
     if moved is not None:
         say(f"{moved.name}@{moved.alias} is {moved.ref}")
+
+
+def _moved(shelf: Library, ref: str, alias: str) -> Alias:
+    try:
+        return shelf.alias(ref, alias)
+    except VeneerError as error:
+        raise type(error)(f"{ref} is in the library, but not '{alias}': {error.message}", help=error.help) from error
 
 
 @app.command("list", epilog="Example: veneer library list 'tickets*' --newest")
