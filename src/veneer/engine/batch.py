@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +22,9 @@ from veneer.models.bank import Bank, Packed, compose
 from veneer.models.base import Base
 from veneer.models.decoder import Decoder
 from veneer.models.group import Group
+from veneer.ops.finite import is_finite
 from veneer.ops.pack import Pack, Packs
 from veneer.types import Bias, InScale, Lowered, LowRank, OutScale, Primitive
-
-_BLOCK = 1 << 18
-"""Numbers that are looked at together: they stay in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ def lowered_for(parts: Sequence[tuple[Adapter, float]], base: Base) -> Lowered:
 def resident_of(lowered: Lowered, base: Base, digest: str) -> Resident:
     """Primitives in the dtype and layout that steps read."""
     bank, room = _in_one_piece(base.bank([lowered]), base.decoder)
-    return Resident(bank, digest, lowered.invocation, room.nbytes, _is_finite(room))
+    return Resident(bank, digest, lowered.invocation, room.nbytes, is_finite(room))
 
 
 def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
@@ -101,14 +98,6 @@ def _in_one_piece(bank: Bank, decoder: Decoder) -> tuple[Bank, Tensor]:
     moved = bank.map_tensors(lambda tensor: places[id(tensor)])
     groups = {name: replace(packed, packs=Packs(packed.packs)) for name, packed in moved.groups.items()}
     return replace(moved, groups=groups), room
-
-
-def _is_finite(room: Tensor) -> bool:
-    """Whether every number is one. In bf16 on the CPU that is a pattern of bits, quickly seen block by block."""
-    if room.dtype == torch.bfloat16 and room.device.type == "cpu":
-        blocks = np.array_split(room.view(torch.int16).numpy(), 1 + room.numel() // _BLOCK)
-        return not any(bool(((block & 0x7F80) == 0x7F80).any()) for block in blocks)
-    return bool(room.sum(dtype=torch.float32).isfinite()) or bool(room.isfinite().all())
 
 
 def check(adapter: Adapter) -> None:

@@ -203,7 +203,7 @@ def _read_tensors(folder: Path, mapped: bool, *, proved: bool) -> tuple[TensorFi
     tensors = file.every()
     tensors = _without_pruned(tensors if mapped else {name: t.clone() for name, t in tensors.items()})
     problems = _malformed(tensors)
-    if not proved and not file.sums_are_finite():
+    if not proved and not file.is_finite():
         problems += first_non_finite(tensors)
     if problems:
         raise FormatError(f"{folder}/{TENSORS} cannot be used:\n{listed(problems)}", help="fetch or train it again")

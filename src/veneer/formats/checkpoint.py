@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import FormatError, NotFound, listed
+from veneer.ops.finite import is_finite
 from veneer.registry import did_you_mean
 
 MAX_HEADER = 64 * 2**20
@@ -88,13 +89,9 @@ class TensorFile:
                 found[name] = flat.as_strided(info.shape, _strides(info.shape), place)
         return found
 
-    def sums_are_finite(self) -> bool:
-        """Whether each run of tensors of one floating dtype has a finite sum, which proves that every value is finite.
-
-        A false answer proves nothing: a sum may overflow, and single bytes have none. Ask each tensor then.
-        """
-        numbers = [flat for dtype, _, flat in self._runs() if dtype.is_floating_point and len(flat)]
-        return all(flat.itemsize > 1 and bool(torch.isfinite(flat.sum())) for flat in numbers)
+    def is_finite(self) -> bool:
+        """Whether no floating tensor holds a NaN or an infinity."""
+        return all(is_finite(flat) for dtype, _, flat in self._runs() if dtype.is_floating_point)
 
     def _runs(self) -> Iterator[tuple[torch.dtype, list[tuple[str, TensorInfo]], Tensor]]:
         """Neighbours of one dtype, and all their numbers in one tensor."""
