@@ -23,7 +23,7 @@ def scores(seed: int, size: int = VOCAB, spread: float = 3.0) -> torch.Tensor:
 
 
 def chosen(chooser: Chooser, logits: torch.Tensor) -> int:
-    return choose_all(logits[None], [chooser], str)[0].token
+    return choose_all(logits[None], [chooser], lambda token: str(token).encode())[0].token
 
 
 def kept(sampling: Sampling, logits: torch.Tensor) -> set[int]:
@@ -121,7 +121,7 @@ def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
         found = []
         for i in range(5):
             batch = torch.cat([logits[:company], logits[i : i + 1]])
-            found.append(choose_all(batch, [*others, mine], str)[-1].token)
+            found.append(choose_all(batch, [*others, mine], lambda token: str(token).encode())[-1].token)
         return found
 
     assert draws(0) == draws(3)
@@ -132,7 +132,7 @@ def test_a_seed_gives_the_same_tokens_whatever_stands_beside() -> None:
 def test_log_probabilities_are_the_models_own() -> None:
     logits = torch.stack([scores(0), scores(1)])
     choosers = [Chooser(Sampling(), (), logprobs=3), Chooser(Sampling(logit_bias={7: 100.0}), (), logprobs=0)]
-    first, second = choose_all(logits, choosers, str)
+    first, second = choose_all(logits, choosers, lambda token: str(token).encode())
     logs = torch.log_softmax(logits, 1)
     assert first.logprob is not None and second.logprob is not None
     assert first.token == int(logits[0].argmax())
@@ -144,7 +144,7 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 def test_log_probabilities_of_large_scores_keep_their_digits() -> None:
     logits = scores(5, 3000) + 300
-    (found,) = choose_all(logits[None], [Chooser(Sampling(), (), logprobs=2)], str)
+    (found,) = choose_all(logits[None], [Chooser(Sampling(), (), logprobs=2)], lambda token: str(token).encode())
     assert found.logprob is not None
     exact = torch.log_softmax(logits.double(), 0)
     assert found.logprob.logprob == pytest.approx(float(exact[found.token]), abs=1e-7)
@@ -153,7 +153,7 @@ def test_log_probabilities_of_large_scores_keep_their_digits() -> None:
 
 def test_scores_that_are_not_finite_break_their_own_row_only() -> None:
     logits = torch.stack([scores(0), scores(1) * torch.nan, scores(2)])
-    found = choose_all(logits, [Chooser(Sampling(), ()) for _ in range(3)], str)
+    found = choose_all(logits, [Chooser(Sampling(), ()) for _ in range(3)], lambda token: str(token).encode())
     assert [c.broken for c in found] == [False, True, False]
 
 

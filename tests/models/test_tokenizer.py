@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from tests import tinylm
 from veneer.errors import DataError, FormatError, Unsupported
@@ -144,6 +147,28 @@ def test_text_is_encoded_as_transformers_does(text: str, folders: dict[str, Path
     assert ours.encode(text, special=True) == theirs.encode(text)
     assert ours.encode_batch([text, "x"]) == [ours.encode(text), ours.encode("x")]
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+SENTENCEPIECE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+DECODERS = {"llama": decoders.Sequence(SENTENCEPIECE), "metaspace": decoders.Metaspace(prepend_scheme="never")}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_piece_stands_for_its_bytes(decoder: str) -> None:
+    """Decoded alone, a word loses its space here, and a byte is no character."""
+    pieces = ["▁the", "s", "▁", "é", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+    fast = FastTokenizer(BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True))
+    fast.decoder = DECODERS[decoder]
+    fast.add_special_tokens(["<end>"])
+    found = [Tokenizer(fast, {}).bytes_of(index) for index in range(10)]
+    smile = [bytes([byte]) for byte in "🙂".encode()] if decoder == "llama" else [p.encode() for p in pieces[4:]]
+    assert found == [b" the", b"s", b" ", "é".encode(), *smile, b"<end>", b""]
+
+
+def test_tokens_stand_for_the_bytes_of_the_text(folders: dict[str, Path]) -> None:
+    tokenizer = Tokenizer.load(folders["chatml"])
+    text = "naïve 漢字 🙂‍↔️ \u200b ﷽ \ttab\r\n <|im_end|>  end \x00\xad"
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))).decode() == text
 
 
 def test_offsets_cover_the_text(folders: dict[str, Path]) -> None:

@@ -112,6 +112,50 @@ def test_log_probabilities(client: Any) -> None:
     assert len(text.choices[0].logprobs.text_offset) == 4
 
 
+def test_a_part_of_a_character_has_the_bytes_that_it_stands_for(client: Any) -> None:
+    smiles = {"max_tokens": 30, "extra_body": {"guided_regex": "(a🙂){3}"}}
+    answer = client.chat.completions.create(model="small", messages=CHAT, logprobs=True, **smiles)
+    content = answer.choices[0].logprobs.content
+    assert len(content) > 6 and "\ufffd" in {token.token for token in content}
+    assert bytes(byte for token in content for byte in token.bytes).decode() == "a🙂a🙂a🙂"
+    text = client.completions.create(model="small", prompt=PROMPT, logprobs=0, **smiles)
+    offsets = text.choices[0].logprobs.text_offset
+    assert set(offsets) == {0, 1, 2, 3, 4, 5} and offsets == sorted(offsets)
+
+
+def test_echo_with_log_probabilities_is_refused(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="log-probabilities of a prompt"):
+        client.completions.create(model="small", prompt=PROMPT, logprobs=1, echo=True)
+
+
+def test_null_means_not_given(client: Any) -> None:
+    """As OpenAI takes it: its client sends None for a field that is None."""
+    names = [
+        "temperature",
+        "top_p",
+        "n",
+        "stop",
+        "stream",
+        "logprobs",
+        "presence_penalty",
+        "logit_bias",
+        "stream_options",
+    ]
+    empty = dict.fromkeys(names)
+    answer = client.chat.completions.create(model="small", messages=CHAT, max_tokens=3, seed=1, **empty)
+    assert answer == client.chat.completions.create(model="small", messages=CHAT, max_tokens=3, seed=1).model_copy(
+        update={"id": answer.id, "created": answer.created}
+    )
+    with pytest.raises(openai.BadRequestError, match="nonsense"):
+        client.completions.create(model="small", prompt=PROMPT, extra_body={"nonsense": None})
+
+
+def test_an_answer_can_be_given_back_whole(client: Any) -> None:
+    said = client.chat.completions.create(model="small", messages=CHAT, max_tokens=3).choices[0].message
+    again = client.chat.completions.create(model="small", messages=[*CHAT, said.model_dump(), CHAT[-1]], max_tokens=3)
+    assert again.choices[0].message.role == "assistant"
+
+
 def test_json_schema(client: Any) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     answer = client.chat.completions.create(

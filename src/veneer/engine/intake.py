@@ -124,8 +124,6 @@ def _is_chat(prompt: str | Sequence[int] | Sequence[Message]) -> bool:
     return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
-def speller_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
-    """The text of one token; "" without a tokenizer."""
-    if tokenizer is None:
-        return lambda token: ""
-    return lambda token: tokenizer.decode([token], skip_special=False)
+def speller_of(tokenizer: Tokenizer | None) -> Callable[[int], bytes]:
+    """What one token stands for; nothing without a tokenizer."""
+    return (lambda token: b"") if tokenizer is None else tokenizer.bytes_of

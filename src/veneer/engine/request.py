@@ -137,12 +137,15 @@ def _range(name: str, value: float, low: float, high: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its text, and its log-probability; `top` has the likeliest alternatives, the best first."""
+    """A token, what it stands for in UTF-8 (maybe a part of a character), and its log-probability.
+
+    `top` has the likeliest alternatives, the best first.
+    """
 
     token: int
-    text: str
+    spelled: bytes
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Scores:
     logits: torch.Tensor | None
     likeliest: tuple[list[int], list[float]] | None = None
 
-    def choose(self, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:
+    def choose(self, choosers: Sequence[Chooser], spell: Callable[[int], bytes]) -> list[Chosen]:
         """One token for each sequence."""
         if self.likeliest is not None:
             return take_all(self.likeliest, choosers)

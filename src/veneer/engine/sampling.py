@@ -206,7 +206,7 @@ def take_all(likeliest: tuple[list[int], list[float]], choosers: Sequence[Choose
     return chosen
 
 
-def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int], str]) -> list[Chosen]:
+def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int], bytes]) -> list[Chosen]:
     """One token per row of `logits` `[n, vocab]`."""
     plain, finite = _likeliest(logits)
     rows = [] if all(chooser.greedy for chooser in choosers) else list(logits.float().cpu().numpy())
@@ -257,10 +257,10 @@ def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
     return where.tolist(), np.isfinite(scores[np.arange(len(where)), where]).tolist()
 
 
-def _logprob(scores: Scores, token: int, top: int, spell: Callable[[int], str]) -> TokenLogprob:
+def _logprob(scores: Scores, token: int, top: int, spell: Callable[[int], bytes]) -> TokenLogprob:
     most = float(scores.max())  # as a Python float: the subtraction below is not to be rounded to fp32
     total = most + math.log(np.exp(scores - most).sum(dtype=np.float64))
-    best: tuple[tuple[int, str, float], ...] = ()
+    best: tuple[tuple[int, bytes, float], ...] = ()
     if top:
         places = np.argpartition(scores, -min(top, len(scores)))[-min(top, len(scores)) :]
         places = places[np.argsort(-scores[places], kind="stable")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,18 @@ from veneer.models.cache import read_json
 from veneer.models.chat import ChatTemplate
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """How a byte-level vocabulary (GPT-2's) writes bytes: printable Latin-1 as itself, the others from U+0100 on in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 
 
 class Tokenizer:
@@ -100,6 +113,36 @@ class Tokenizer:
         """The token with this id, as it is written in the vocabulary."""
         found: str | None = self._fast.id_to_token(index)
         return found
+
+    def bytes_of(self, index: int) -> bytes:
+        """What one token stands for inside a text, in UTF-8: with its space, and maybe a part of a character only.
+
+        Decoding it alone would give neither. An id without a token stands for nothing.
+        """
+        token = self.token(index)
+        if token is None or index in self._added:
+            return (token or "").encode()
+        if "ByteLevel" in self._decoders:
+            return bytes(_BYTES[c] for c in token) if _BYTES.keys() >= set(token) else token.encode()
+        if "ByteFallback" in self._decoders and (byte := _BYTE.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        for kind, step in self._decoders.items():
+            if kind == "Metaspace":
+                token = token.replace(step["replacement"], " ")
+            elif kind == "Replace" and "String" in step["pattern"]:
+                token = token.replace(step["pattern"]["String"], step["content"])
+        return token.encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._fast.get_added_tokens_decoder())
+
+    @cached_property
+    def _decoders(self) -> dict[str, dict[str, Any]]:
+        """The decoder's steps by kind."""
+        decoder = self._fast.decoder
+        whole = {} if decoder is None else json.loads(decoder.__getstate__())
+        return {step["type"]: step for step in whole.get("decoders", [whole]) if step}
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is written in the vocabulary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,12 +115,8 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "content": [
             {
-                "token": one.text,
-                "logprob": one.logprob,
-                "bytes": list(one.text.encode()),
-                "top_logprobs": [
-                    {"token": text, "logprob": value, "bytes": list(text.encode())} for _, text, value in one.top
-                ],
+                **_token(one.spelled, one.logprob),
+                "top_logprobs": [_token(spelled, value) for _, spelled, value in one.top],
             }
             for one in logprobs
         ],
@@ -127,15 +124,25 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
+def _token(spelled: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _shown(spelled), "logprob": logprob, "bytes": list(spelled)}
+
+
+def _shown(spelled: bytes) -> str:
+    """A token as text, which parts of a character are not."""
+    return spelled.decode("utf-8", "replace")
+
+
 def text_logprobs(logprobs: Sequence[TokenLogprob], at: int) -> dict[str, Any]:
-    offsets = []
+    """Scores of a text completion; `at` is the length of the text before them. Parts of a character begin where it does."""
+    decoder, offsets = getincrementaldecoder("utf-8")("ignore"), []
     for one in logprobs:
         offsets.append(at)
-        at += len(one.text)
+        at += len(decoder.decode(one.spelled))
     return {
-        "tokens": [one.text for one in logprobs],
+        "tokens": [_shown(one.spelled) for one in logprobs],
         "token_logprobs": [one.logprob for one in logprobs],
-        "top_logprobs": [{text: value for _, text, value in one.top} or None for one in logprobs],
+        "top_logprobs": [{_shown(spelled): value for _, spelled, value in one.top} or None for one in logprobs],
         "text_offset": offsets,
     }
 

@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema
 
 from veneer.engine import Constraint, Request, Sampling, Use
 from veneer.errors import ConfigError, Unsupported
@@ -65,8 +66,12 @@ class Message(Wire):
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    # of an answer that is given back whole
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    function_call: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
 
     def plain(self) -> dict[str, str]:
         """As the chat templates take it."""
@@ -82,7 +87,7 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class Generation(Wire):
-    """What both kinds of completion take."""
+    """What both kinds of completion take. A field that is null is one that was not given: OpenAI's clients send None so."""
 
     model: str = Field("", max_length=256, description="The base's name, or an adapter: name, name@version, name@alias")
     adapter: Adapters | None = Field(None, description="An adapter with a scale, or several whose updates add")
@@ -117,6 +122,22 @@ class Generation(Wire):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                told = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **told}
+        return schema
 
     @field_validator("stop")
     @classmethod
@@ -242,6 +263,11 @@ class CompletionRequest(Generation):
             raise Unsupported("best_of other than n is not supported")
         if self.suffix:
             raise Unsupported("suffix is not supported")
+        if self.echo and self.logprobs is not None:
+            raise Unsupported(
+                "the log-probabilities of a prompt are not kept, and echo with logprobs asks for them",
+                help="`veneer eval` scores texts; leave out one of the two",
+            )
 
 
 def _one_of(choices: Sequence[str]) -> Constraint:
