@@ -93,6 +93,17 @@ def test_usage_counts_what_came_from_the_cache(running: Running) -> None:
     assert usage["key local"]["requests"] >= 2
 
 
+def test_usage_has_one_line_for_each_version_whatever_its_scale(running: Running) -> None:
+    """Scales are the client's to choose: a line for each would be memory for the asking."""
+    pair = {"adapter": [{"name": "tickets@1", "scale": 0.37}, {"name": "legal", "scale": 0.5}]}
+    before = running.client().get("/admin/usage").json()["usage"]
+    assert ask(running, "small", **pair).status_code == 200
+    usage = running.client().get("/admin/usage").json()["usage"]
+    assert not any("*" in who or "," in who for who in usage)
+    for who in ("adapter tickets@1", "key local"):
+        assert usage[who]["requests"] == before.get(who, {}).get("requests", 0) + 1
+
+
 def test_metrics_have_few_labels(running: Running) -> None:
     ask(running, "legal")
     text = running.client().get("/metrics").text

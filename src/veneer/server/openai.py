@@ -68,7 +68,7 @@ class Answer:
             stream.cancel()
         tokens = sum(answer.usage.completion for answer in self.finished)
         self.service.keyring.end(self.key, tokens)
-        self.service.count(self.asked.versions, self.key.name, outcome, self.finished)
+        self.service.count(self.asked, self.key.name, outcome, self.finished)
         self.service.metrics.ended(self.asked.title, outcome, self.finished)
         first = self.finished[0] if self.finished else None
         logs.answered(

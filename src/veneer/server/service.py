@@ -93,9 +93,10 @@ class Service:
         self.names[version.digest] = version.ref
         return Use(version.ref, use.scale), version.name, version.digest
 
-    def count(self, versions: str, key: str, outcome: str, answers: Sequence[Finished]) -> None:
-        """Exact totals, by what answered and by key."""
-        for who in (f"adapter {versions}", f"key {key}"):
+    def count(self, asked: Asked, key: str, outcome: str, answers: Sequence[Finished]) -> None:
+        """Exact totals, by key and by each adapter that answered, alone or with others."""
+        adapters = dict.fromkeys(use.name for use in asked.uses) or ("base",)
+        for who in (*(f"adapter {name}" for name in adapters), f"key {key}"):
             total = self.usage.setdefault(who, Counter())
             total["requests"] += 1
             total[outcome] += 1
