@@ -138,6 +138,28 @@ def test_bytes_count_what_is_said() -> None:
     assert encoded.bytes == len("Ann 日本".encode()) + len(b"Bob")
 
 
+def test_bytes_have_the_weight_of_their_tokens() -> None:
+    """As the loss has: bits over bytes are of the same tokens."""
+    tokenizer, (user, first, question, last) = FakeTokenizer(), TALK
+    weighted = [user, {**first, "weight": 0.5}, question, {**last, "weight": 0}]
+    encoded = encode_row(data.from_records([{"messages": weighted}])[0], tokenizer, "assistant")
+    assert encoded.bytes == len("Ann 日本".encode()) / 2
+    whole = encode_row(data.from_records([{"messages": TALK}])[0], tokenizer, "all")
+    masked = encode_row(data.from_records([{"messages": weighted}])[0], tokenizer, "all")
+    lost = whole.weights - masked.weights
+    assert set(lost) == {0, 0.5, 1}
+    assert whole.bytes - masked.bytes == lost @ whole.sizes == len("Ann 日本".encode()) / 2 + len(b"Bob")
+
+
+def test_a_first_token_that_nothing_predicts_has_no_bytes_to_count() -> None:
+    row = data.from_records([{"text": "héé"}])[0]
+    assert encode_row(row, FakeTokenizer(None, eos=["</s>"]), "assistant").bytes == 4
+    assert encode_row(row, FakeTokenizer(None, eos=["</s>"], bos="<s>"), "assistant").bytes == 5
+    pair = data.from_records([{"prompt": "héé", "completion": "é"}])[0]
+    assert encode_row(pair, FakeTokenizer(None, eos=["</s>"]), "all").bytes == 6
+    assert encode_row(pair, FakeTokenizer(None, eos=["</s>"], bos="<s>"), "all").bytes == 7
+
+
 def test_raw_pairs_have_no_template_and_end_with_eos() -> None:
     tokenizer = FakeTokenizer(eos=["<|endoftext|>", "<|im_end|>"], pieces=["b c"])
     encoded = encode_row(data.from_records([{"prompt": "a b", "completion": " c"}])[0], tokenizer, "assistant")

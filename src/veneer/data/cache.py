@@ -18,7 +18,7 @@ from veneer.data.read import file_digest, load
 from veneer.data.tokens import Dataset, OnTooLong, check_choices, encode
 from veneer.files import replacing
 
-LAYOUT = 1
+LAYOUT = 2
 """Raise when encoding changes what it gives for the same input."""
 
 ARRAYS = ("tokens", "weights", "offsets", "lines", "bytes")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,6 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str, special: bool = False) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
-
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids as `encode(text)`, and for each token the exact characters [start, stop) it stands for, spaces included."""
 
@@ -68,14 +66,24 @@ class Encoded:
 
     ids      int32 `[n]`
     weights  float32 `[n]`, the weight of predicting each token; 0 is masked. The first token is never predicted.
-    bytes    UTF-8 bytes of the learned text, stop tokens not counted
+    sizes    int64 `[n]`, UTF-8 bytes of text that each token stands for. Stop tokens have none, and of several tokens that share
+             a character the last has all
     notes    what a user should know, by name (see NOTES)
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
-    bytes: int
+    sizes: NDArray[np.int64]
     notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> float:
+        """UTF-8 bytes of the learned text, each with its token's weight."""
+        return float(self.weights[1:] @ self.sizes[1:])
+
+    def cut(self, length: int) -> Encoded:
+        """Its first tokens."""
+        return Encoded(self.ids[:length], self.weights[:length], self.sizes[:length], self.notes)
 
 
 NOTES = {
@@ -98,8 +106,7 @@ def encode_row(row: Row, tokenizer: TextTokenizer, train_on: TrainOn) -> Encoded
     """One row as tokens and weights, cut after the last learned token (nothing behind it can change the loss)."""
     encoded = _encode_chat(row, tokenizer, train_on) if isinstance(row, Chat) else _encode_raw(row, tokenizer, train_on)
     learned = np.flatnonzero(encoded.weights)
-    stop = int(learned[-1]) + 1 if learned.size else len(encoded.ids)
-    return Encoded(encoded.ids[:stop], encoded.weights[:stop], encoded.bytes, encoded.notes)
+    return encoded.cut(int(learned[-1]) + 1) if learned.size else encoded
 
 
 def _encode_chat(row: Chat, tokenizer: TextTokenizer, train_on: TrainOn) -> Encoded:
@@ -109,7 +116,6 @@ def _encode_chat(row: Chat, tokenizer: TextTokenizer, train_on: TrainOn) -> Enco
     tokens = np.asarray(ids, dtype=np.int32)
     is_stop = np.isin(tokens, np.asarray(tokenizer.eos_ids, dtype=np.int32))
     weights = np.full(len(ids), 1.0 if train_on == "all" else 0.0, dtype=np.float32)
-    size = len(text.encode()) if train_on == "all" else 0
     notes: dict[str, None] = {}
     for span in spans:
         inside = (offsets[:, 0] >= span.start) & (offsets[:, 1] <= span.stop)
@@ -122,11 +128,17 @@ def _encode_chat(row: Chat, tokenizer: TextTokenizer, train_on: TrainOn) -> Enco
             notes["straddling"] = None
         weights[inside] = span.weight
         learned = _text_between(text, offsets[inside & ~is_stop])
-        if train_on != "all":
-            size += len(learned.encode()) if span.weight > 0 else 0
         if span.weight > 0 and not learned.strip():
             notes["empty_answers"] = None
-    return Encoded(tokens, weights, size, tuple(notes))
+    return Encoded(tokens, weights, np.where(is_stop, 0, _sizes(text, offsets)), tuple(notes))
+
+
+def _sizes(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """UTF-8 bytes from where each token starts to where the next one does."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    at = np.concatenate([[0], np.cumsum(1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))]).astype(np.int64)
+    ends: NDArray[np.int64] = np.append(at[offsets[:, 0]], at[offsets[-1:, 1]])
+    return np.diff(ends)
 
 
 def _text_between(text: str, offsets: NDArray[np.int64]) -> str:
@@ -186,17 +198,31 @@ def prompt_tokens(row: Row, tokenizer: TextTokenizer) -> list[int]:
 
 
 def _encode_raw(row: Raw, tokenizer: TextTokenizer, train_on: TrainOn) -> Encoded:
-    prompt = _with_specials(row.prompt, tokenizer)
-    completion = tokenizer.encode(row.completion) if row.completion else []
+    prompt, learned = _with_specials(row.prompt, tokenizer), _piece(row.completion, tokenizer)
+    given = _piece(row.prompt, tokenizer) if train_on == "all" else _Piece([], np.zeros(0, dtype=np.int64))
+    before = np.zeros(len(prompt), dtype=np.int64)
+    before[len(prompt) - len(given.ids) :] = given.sizes
     stop = list(tokenizer.eos_ids[:1])
-    ids = np.asarray([*prompt, *completion, *stop], dtype=np.int32)
+    ids = np.asarray([*prompt, *learned.ids, *stop], dtype=np.int32)
+    sizes = np.concatenate([before, learned.sizes, np.zeros(len(stop), dtype=np.int64)])
     weights = np.ones(len(ids), dtype=np.float32)
     if train_on != "all":
         weights[: len(prompt)] = 0.0
-    size = len(row.completion.encode()) + (len(row.prompt.encode()) if train_on == "all" else 0)
     notes = [] if stop else ["without_stop"]
     notes += [] if row.completion.strip() else ["empty_answers"]
-    return Encoded(ids, weights, size, tuple(notes))
+    return Encoded(ids, weights, sizes, tuple(notes))
+
+
+class _Piece(NamedTuple):
+    """A part of a text: its tokens, and the bytes of each."""
+
+    ids: list[int]
+    sizes: NDArray[np.int64]
+
+
+def _piece(text: str, tokenizer: TextTokenizer) -> _Piece:
+    ids, pairs = tokenizer.encode_with_offsets(text)
+    return _Piece(ids, _sizes(text, np.asarray(pairs, dtype=np.int64).reshape(-1, 2)))
 
 
 def _with_specials(text: str, tokenizer: TextTokenizer) -> list[int]:

@@ -33,7 +33,7 @@ class Dataset:
     weights  float32 `[T]`: weight of predicting each token from those before it in its row; 0 is masked
     offsets  int64 `[rows + 1]`: row i is tokens[offsets[i]:offsets[i+1]]
     lines    int64 `[rows]`: where each row stands in the file
-    bytes    int64 `[rows]`: UTF-8 bytes of the learned text
+    bytes    float64 `[rows]`: UTF-8 bytes of the learned text, each with its token's weight
     sha256   of the file
     notes    counts by name: "truncated", "dropped", "tokens_lost", and those of masking.NOTES
     """
@@ -43,7 +43,7 @@ class Dataset:
     weights: NDArray[np.float32]
     offsets: NDArray[np.int64]
     lines: NDArray[np.int64]
-    bytes: NDArray[np.int64]
+    bytes: NDArray[np.float64]
     sha256: str
     notes: Mapping[str, int] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ def encode(
 ) -> Dataset:
     """Rows as tokens and weights. Raises one DataError that names every row that can't be learned from."""
     check_choices(max_length, on_too_long, train_on)
-    fitting = _Fitting(tokenizer, max_length, on_too_long, Problems(rows.name, rows.unit))
+    fitting = _Fitting(max_length, on_too_long, Problems(rows.name, rows.unit))
     kept: list[tuple[int, Encoded]] = []
     for row in rows:
         try:
@@ -106,7 +106,7 @@ def encode(
         [encoded.ids for _, encoded in kept],
         [encoded.weights for _, encoded in kept],
         np.asarray([line for line, _ in kept], dtype=np.int64),
-        np.asarray([encoded.bytes for _, encoded in kept], dtype=np.int64),
+        np.asarray([encoded.bytes for _, encoded in kept], dtype=np.float64),
         rows.sha256,
         dict(fitting.counts),
     )
@@ -125,7 +125,6 @@ def check_choices(max_length: int, on_too_long: str, train_on: str) -> None:
 class _Fitting:
     """Rows brought within max_length, with a count of what it cost."""
 
-    tokenizer: TextTokenizer
     max_length: int
     on_too_long: OnTooLong
     problems: Problems
@@ -155,14 +154,13 @@ class _Fitting:
         if self.on_too_long == "drop":
             self.counts.update(dropped=1, tokens_lost=length)
             return None
-        ids, weights = encoded.ids[:most], encoded.weights[:most]
-        if not np.any(weights[1:] > 0):
+        cut = encoded.cut(most)
+        if not np.any(cut.weights[1:] > 0):
             what = f"{length} tokens, and cutting to max_length {most} leaves nothing to learn"
             self.problems.add(line, what, help="raise max_length, or choose on_too_long: drop")
             return None
         self.counts.update(truncated=1, tokens_lost=length - most)
-        learned = [int(token) for token in ids[weights > 0] if token not in self.tokenizer.eos_ids]
-        return Encoded(ids, weights, len(self.tokenizer.decode(learned).encode()), encoded.notes)
+        return cut
 
 
 def _pack(
@@ -170,7 +168,7 @@ def _pack(
     tokens: Sequence[NDArray[np.int32]],
     weights: Sequence[NDArray[np.float32]],
     lines: NDArray[np.int64],
-    sizes: NDArray[np.int64],
+    sizes: NDArray[np.float64],
     sha256: str,
     notes: Mapping[str, int],
 ) -> Dataset:

@@ -4,7 +4,7 @@
 
 loss           nats per label token, every token weighted alike: never a mean of batch means
 perplexity     e^loss; depends on the tokenizer
-bits_per_byte  of the learned text, stop tokens paid for but not counted; comparable between tokenizers
+bits_per_byte  of the learned text, stop tokens paid for but not counted, weighted as the loss is; comparable between tokenizers
 general_loss   nats per token on text that no adapter was trained on; its change is the forgetting
 and those of `questions` and `text` where the rows ask something. Every figure has a 95 % interval by bootstrap over rows, and
 every change against the base a paired one.
@@ -187,7 +187,7 @@ def _loss_measures(losses: RowLosses, dataset: Dataset) -> dict[str, Measure]:
     loss = ratio(nll, weight)
     found = {"loss": loss, "perplexity": Measure(loss.sums, _perplexity)}
     if dataset.bytes.any():  # answers may be empty, all of them
-        found["bits_per_byte"] = ratio(nll / math.log(2), dataset.bytes.astype(np.float64))
+        found["bits_per_byte"] = ratio(nll / math.log(2), dataset.bytes)
     return found
 
 
