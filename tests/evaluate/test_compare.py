@@ -220,6 +220,21 @@ def test_an_adapter_of_another_base_is_refused(base: Base, tmp_path: Path) -> No
     assert evaluate(base, {"foreign": foreign}, ROWS, settings=QUICK, allow_base_mismatch="a test").adapters
 
 
+def test_questions_without_room_for_an_answer_are_left_out_and_counted(base: Base) -> None:
+    """The row's own answer is cut, and a cut label would be another one."""
+    room, tokenizer = base.config.max_positions, base.require_tokenizer()
+    taken = len(data.prompt_tokens(data.from_records([talk("", "no")])[0], tokenizer))
+    tight = talk("z" * (room - taken - 1), "no")
+    assert len(data.prompt_tokens(data.from_records([tight])[0], tokenizer)) == room - 1
+    settings = Settings(on_too_long="truncate", generate=50, resamples=100)
+    plain = [talk(f"is {i} even?", "yes" if i % 2 == 0 else "no") for i in range(12)]
+    report = evaluate(base, {}, data.from_records([*plain, tight]), settings=settings)
+    assert "1 questions of rows leave no room" in report.warnings[1] and "were cut" in report.warnings[0]
+    without = evaluate(base, {}, ROWS, settings=settings)
+    for metric in ("accuracy", "macro_f1", "exact"):
+        assert report.base[metric] == without.base[metric]
+
+
 def test_rows_above_the_limit(base: Base) -> None:
     long = data.from_records([talk("q" * 100, "a" * 100)])
     with pytest.raises(DataError, match="max_length is 150"):

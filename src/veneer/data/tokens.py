@@ -157,7 +157,9 @@ class _Fitting:
         cut = encoded.cut(most)
         if not np.any(cut.weights[1:] > 0):
             what = f"{length} tokens, and cutting to max_length {most} leaves nothing to learn"
-            self.problems.add(line, what, help="raise max_length, or choose on_too_long: drop")
+            self.problems.add(
+                line, what, help="raise max_length, or leave the row out (training does so with on_too_long: drop)"
+            )
             return None
         self.counts.update(truncated=1, tokens_lost=length - most)
         return cut

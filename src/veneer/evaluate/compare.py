@@ -158,8 +158,7 @@ def evaluate(
     _losses(work, rows)
     if general is not None:
         _general(work, general)
-    asked = asking.questions(rows)
-    if asked:
+    if asked := _asked(work, rows):
         _labels(work, asked)
         _generation(work, asked, adapters, allow_base_mismatch)
     return _report(work, _repeatable(base, adapters, rows, general, chosen))
@@ -204,10 +203,26 @@ def _general(work: _Work, rows: Rows) -> None:
         work.put(voice, {"general_loss": ratio(losses.nll.numpy(), losses.weight.numpy())})
 
 
+def _asked(work: _Work, rows: Rows) -> list[asking.Question]:
+    """The rows as questions; without those that the base has no room for, which cutting would not help."""
+    asked, most = asking.questions(rows), work.base.config.max_positions
+    fitting = asking.fitting(asked, work.base.require_tokenizer(), most)
+    if left := len(asked) - len(fitting):
+        work.warnings.append(
+            f"{left} questions of {rows.name} leave no room for the longest answer in the base's {most} tokens: "
+            "labels and generated answers are without them"
+        )
+    return fitting
+
+
 def _labels(work: _Work, asked: list[asking.Question]) -> None:
     labels = asking.labels_of(asked) if work.settings.labels else ()
     whole = work.settings.train_on != "all" and work.settings.on_too_long == "error"
-    known = whole and all(asking.scores_alone(question.row) for question in asked)
+    known = (
+        whole
+        and len(asked) == len(work.losses[""].nll)
+        and all(asking.scores_alone(question.row) for question in asked)
+    )
     for voice, index in work.voices if labels else []:
         work.progress(f"{len(labels)} labels scored by {voice or 'the base'}")
         own = work.losses[voice].nll.numpy() if known else None

@@ -52,6 +52,17 @@ def _question(row: Row) -> Question | None:
     return Question(row, tuple(dict.fromkeys((answer, *row.accepted))))
 
 
+def fitting(asked: Sequence[Question], tokenizer: Tokenizer, most: int) -> list[Question]:
+    """The questions that leave room for the longest accepted answer of all, and its stop token, in `most` tokens."""
+    longest = longest_answer(asked, tokenizer)
+    return [q for q in asked if len(prompt_tokens(q.row, tokenizer)) + longest < most]
+
+
+def longest_answer(asked: Sequence[Question], tokenizer: Tokenizer) -> int:
+    """Tokens of the longest answer that some question accepts."""
+    return max((len(tokenizer.encode(text)) for question in asked for text in question.accepted), default=0)
+
+
 def answered(row: Row, answer: str) -> Row:
     """The row up to its last answer, with this answer in its place and nothing else learned."""
     if isinstance(row, Raw):
@@ -68,10 +79,10 @@ def generate(
     engine: Engine, tokenizer: Tokenizer, asked: Sequence[Question], adapters: Sequence[str | None]
 ) -> dict[str | None, list[str]]:
     """Greedy answers to every question under every adapter (None: the bare base), all in one batch."""
-    longest = max(len(tokenizer.encode(text)) for question in asked for text in question.accepted)
+    most, room = longest_answer(asked, tokenizer) + SPARE_TOKENS, engine.base.config.max_positions
     prompts = [tuple(prompt_tokens(question.row, tokenizer)) for question in asked]
     requests = [
-        Request(prompt, adapter=adapter, max_tokens=longest + SPARE_TOKENS)
+        Request(prompt, adapter=adapter, max_tokens=min(most, room - len(prompt)))
         for adapter in adapters
         for prompt in prompts
     ]
