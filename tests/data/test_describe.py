@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,15 @@ def test_the_summary_shows_sizes_a_histogram_and_every_warning() -> None:
     assert "2 rows, 621 tokens, 21 of them learned (3.4%)" in text and "256-511" in text
     assert "! 1 rows were cut to max_length; 21 tokens lost" in text
     assert "! 1 rows with an empty answer" in text and "! only 3.4% of the tokens carry a loss" in text
+
+
+def test_keys_that_are_not_used_are_named_also_from_the_cache(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b", "compeltion": "c"}\n{"prompt": "d", "completion": "e"}\n')
+    for _ in range(2):
+        dataset = data.prepare(file, TOKENIZER, max_length=10, cache=tmp_path / "cache")
+        for found in (dataset, dataset.take([0])):
+            assert "keys that the data's format has no use for: compeltion" in data.statistics(found).warnings()
 
 
 def test_leaks_are_found_whole_and_by_prompt() -> None:

@@ -109,6 +109,8 @@ def test_accepted_answers_are_kept() -> None:
         ({"messages": TALK[:1]}, "no message is from the assistant"),
         ({"messages": [TALK[0], {**TALK[1], "weight": -1}]}, "weight -1"),
         ({"messages": [TALK[0], {**TALK[1], "weight": True}]}, "weight True"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": 1e39}]}, "weight 1e+39, expected a number from 0 to 1e+06"),
+        ({"conversations": [{"from": "system", "value": "a"}, *TALK], "system": "b"}, "say two things"),
         ({"messages": [{**TALK[0], "weight": 1}, TALK[1]]}, "only the assistant's messages are learned"),
         ({"messages": TALK, "tools": "nothing"}, "not JSON"),
         ({"messages": TALK, "tools": {"a": 1}}, "'tools' is object"),

@@ -85,6 +85,14 @@ def test_parquet_gives_rows_and_drops_the_nulls_it_adds(tmp_path: Path) -> None:
     assert "weight" not in rows[0].messages[0]  # type: ignore[union-attr]
     parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), tmp_path / "b.parquet")
     assert "b.parquet, row 1: found the keys prompt (and 1 more" in refusal(tmp_path / "b.parquet").message
+    texts = {"messages": [json.dumps(GOOD["messages"])], "accepted": ['["b"]']}
+    parquet.write_table(pyarrow.table(texts), tmp_path / "texts.parquet")
+    assert data.load(tmp_path / "texts.parquet")[0].messages == rows[0].messages  # type: ignore[union-attr]
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    assert "null.parquet, row 2: 'text' is null" in refusal(tmp_path / "null.parquet").message
+    optional = {"instruction": ["a"], "output": ["b"], "input": [None], "history": [None], "tools": [None]}
+    parquet.write_table(pyarrow.table(optional), tmp_path / "optional.parquet")
+    assert len(data.load(tmp_path / "optional.parquet")[0].messages) == 2  # type: ignore[union-attr]
     whole = (tmp_path / "a.parquet").read_bytes()
     assert "half-written" in str(refusal(write(tmp_path, "c.parquet", whole[: len(whole) // 2])).help)
     assert "not a Parquet file" in refusal(write(tmp_path, "d.parquet", LINE)).message

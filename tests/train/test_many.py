@@ -12,12 +12,14 @@ import yaml
 
 from tests import tinylm
 from veneer.adapter import Adapter
+from veneer.cli.main import run
 from veneer.errors import ConfigError
 from veneer.models.load import load_base
-from veneer.train import Failed, read_runs, read_task, run_many, run_task
+from veneer.train import Failed, loop, read_runs, read_task, run_many, run_task
 
 
 def write(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     tinylm.chat_rows(folder / "train.jsonl", 12)
     tinylm.chat_rows(folder / "other.jsonl", 10, start=50)
     values = {
@@ -61,6 +63,49 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     lines = (tmp_path / "good/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == len(lines)
     assert (tmp_path / "good/adapter").exists()
+
+
+def test_a_defect_in_one_run_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tinylm.folder(tmp_path / "base")
+    real = loop.rate_at
+
+    def broken(step: int, total: int, config: Any) -> float:
+        return real(step, total, config) if config.seed else {}["gone"]
+
+    monkeypatch.setattr(loop, "rate_at", broken)
+    assert run(["train", str(write(tmp_path))]) == 1
+    told = capsys.readouterr().out
+    assert f"{tmp_path / 'one'}: failed: KeyError: 'gone' (a defect in veneer" in told
+    assert f"the adapter is in {tmp_path / 'two' / 'adapter'}" in told and (tmp_path / "two" / "report.md").exists()
+
+
+def test_a_section_may_be_empty_and_a_whole_one_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "files", train=None, runs=None, out="x")
+    (one,) = read_runs(path, ["train.epochs=3", "data={train: mine.jsonl}"])
+    assert one.config.train.epochs == 3 and one.config.data.train == Path("mine.jsonl")
+    assert one.origins["data.train"] == "--set"
+    (two,) = read_runs(path, ["train.epochs=3"])
+    assert two.config.data.train == (tmp_path / "files" / "train.jsonl").resolve()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.epochs", ".inf"),
+        ("train.lr", ".nan"),
+        ("train.lr", "true"),
+        ("train.seed", "true"),
+        ("method.alpha", ".inf"),
+    ],
+)
+def test_numbers_are_numbers(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}: (input should be a finite number|expected another value than true)"
+    ):
+        read_runs(write(tmp_path), [f"{key}={value}"])
 
 
 def test_entries_are_laid_over_the_shared_keys_with_their_origins(tmp_path: Path) -> None:

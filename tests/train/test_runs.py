@@ -176,6 +176,14 @@ def test_a_value_that_is_not_finite_stops_the_run_with_the_evidence(base: Base, 
     assert json.loads((tmp_path / "run/not-finite.json").read_text())["rows"]
 
 
+def test_parameters_that_are_not_finite_stop_the_run_before_they_are_saved(
+    base: Base, files: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"step 1: loss is .*; it made parameters that are not finite; rows"):
+        run(base, files, tmp_path / "run", lr=1e39, warmup=0)
+    assert not (tmp_path / "run/adapter").exists()
+
+
 def test_two_runs_in_one_folder_are_refused(base: Base, files: Path, tmp_path: Path) -> None:
     first = events_of(base, files, tmp_path / "run", LoRA(rank=2), False)
     next(first)

@@ -71,6 +71,7 @@ import typer
 
 from veneer.cli._options import Json
 from veneer.cli._output import bytes_text, count_text, note, say, say_json, say_table
+from veneer.errors import VeneerError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -134,7 +135,7 @@ def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
             if isinstance(event, Failed):
                 if len(runs) == 1:
                     raise event.error
-                reasons[name] = f"failed: {event.error}"
+                reasons[name] = f"failed: {_told(event.error)}"
             else:
                 reasons[name] = event.reason if isinstance(event, Finished) else reasons.get(name, "")
                 show(name, event)
@@ -142,6 +143,13 @@ def run(runs: list[Resolved], *, resume: bool, quiet: bool) -> list[Ended]:
         if not reasons[name].startswith("failed"):
             write_report(Path(name))
     return [Ended(Path(name), reasons[name]) for name in tasks]
+
+
+def _told(error: Exception) -> str:
+    """Why one of several runs failed."""
+    if isinstance(error, VeneerError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (a defect in veneer; this run alone, with --debug, shows where)"
 
 
 @contextmanager

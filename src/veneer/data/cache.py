@@ -2,6 +2,9 @@
 
 The key is a hash of the file's bytes, the format, template, tokenizer, mask policy and length policy: an entry is never stale. It
 appears all at once (`files.py`), so of two processes that encode the same data each finds a whole entry.
+
+The surprise: a template that writes the date into its prompt keeps that of the day when the data was encoded, so a run that is
+resumed after midnight goes on with the tokens that it began with.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ def _read(place: Path, name: str) -> Dataset | None:
     try:
         meta = json.loads((place / "meta.json").read_text())
         arrays = {array: np.load(place / f"{array}.npy", mmap_mode="r", allow_pickle=False) for array in ARRAYS}
-        dataset = Dataset(name=name, sha256=meta["sha256"], notes=meta["notes"], **arrays)
+        dataset = Dataset(
+            name=name, sha256=meta["sha256"], notes=meta["notes"], ignored=tuple(meta["ignored"]), **arrays
+        )
         whole = len(dataset.tokens) == len(dataset.weights) == int(dataset.offsets[-1]) == meta["tokens"]
     except FileNotFoundError:
         return None
@@ -85,5 +90,5 @@ def _write(place: Path, dataset: Dataset) -> None:
         beside.mkdir()
         for array in ARRAYS:
             np.save(beside / f"{array}.npy", getattr(dataset, array), allow_pickle=False)
-        meta = {"sha256": dataset.sha256, "notes": dict(dataset.notes), "tokens": len(dataset.tokens)}
-        (beside / "meta.json").write_text(json.dumps(meta))
+        told = {"sha256": dataset.sha256, "notes": dict(dataset.notes), "ignored": dataset.ignored}
+        (beside / "meta.json").write_text(json.dumps({**told, "tokens": len(dataset.tokens)}))

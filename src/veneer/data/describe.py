@@ -25,6 +25,7 @@ class Statistics:
     histogram   ((from, below, rows), ...) in tokens, doubling
     duplicates  groups of lines whose rows are the same, token for token
     notes       counts by name: "truncated", "dropped", "tokens_lost", and those of masking.NOTES
+    ignored     keys of the file that its format has no use for
     """
 
     name: str
@@ -36,6 +37,7 @@ class Statistics:
     histogram: tuple[tuple[int, int, int], ...]
     duplicates: tuple[tuple[int, ...], ...]
     notes: Mapping[str, int]
+    ignored: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON would have it."""
@@ -44,6 +46,8 @@ class Statistics:
     def warnings(self) -> list[str]:
         """What deserves a look, a sentence each."""
         found = [f"{self.notes[note]} {text}" for note, text in NOTES.items() if self.notes.get(note)]
+        if self.ignored:
+            found.append(f"keys that the data's format has no use for: {', '.join(self.ignored)}")
         repeats = sum(len(group) - 1 for group in self.duplicates)
         if repeats:
             first = ", ".join(str(line) for line in self.duplicates[0][:SHOWN])
@@ -116,6 +120,7 @@ def statistics(dataset: Dataset) -> Statistics:
         histogram=_histogram(dataset),
         duplicates=tuple(tuple(lines) for lines in groups.values() if len(lines) > 1),
         notes=dict(dataset.notes),
+        ignored=dataset.ignored,
     )
 
 

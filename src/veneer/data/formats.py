@@ -16,7 +16,6 @@ quote the string a second time. The string is parsed here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +37,9 @@ SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
 }
+
+MOST_WEIGHT = 1e6
+"""A message that counts as much as a million others is a mistake, and weights are summed in fp32."""
 
 Say = Callable[[str], None]
 """Where a converter puts what is wrong with its row."""
@@ -149,8 +151,8 @@ def _content(message: Message, where: str, say: Say) -> str | None:
 def _weight(weight: Any, role: Any, where: str, say: Say) -> float | None:
     if weight is None:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        say(f"{where} has the weight {weight!r}, expected a number of at least 0")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
+        say(f"{where} has the weight {weight!r}, expected a number from 0 to {MOST_WEIGHT:g}")
         return None
     if weight > 0 and role != "assistant":
         say(f"{where} is from '{role}' and has a weight above 0; only the assistant's messages are learned")
@@ -215,6 +217,9 @@ def _from_conversations(record: Record, say: Say) -> Chat | None:
     for what in wrong:
         say(what)
     if wrong:
+        return None
+    if system and messages[0]["role"] == "system":
+        say("'system' and a first turn from 'system' say two things; one of them is expected")
         return None
     if system:
         messages.insert(0, {"role": "system", "content": system})

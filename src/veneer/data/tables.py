@@ -52,8 +52,9 @@ def _table(reader: Any, problems: Problems) -> Iterator[Record]:
         problems.add(line, f"not CSV: {error}", help="a quote that never closes swallows the rest of the file")
 
 
-def _cell(key: str, cell: str) -> Any:
-    if key not in JSON_COLUMNS or not cell.lstrip().startswith("["):
+def _cell(key: str, cell: Any) -> Any:
+    """The list that a text holds, in a column that is to hold lists."""
+    if key not in JSON_COLUMNS or not isinstance(cell, str) or not cell.lstrip().startswith("["):
         return cell
     try:
         return DECODER.decode(cell)
@@ -80,7 +81,7 @@ def read_parquet(file: BufferedReader, problems: Problems) -> Iterator[Record]:
             help=HALF_WRITTEN,
         ) from error
     for number, row in enumerate(rows, 1):
-        yield Record(number, _without_nulls(row))
+        yield Record(number, {key: _cell(key, _without_nulls(cell)) for key, cell in row.items()})
 
 
 def _without_nulls(value: Any) -> Any:

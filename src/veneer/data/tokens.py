@@ -36,6 +36,7 @@ class Dataset:
     bytes    float64 `[rows]`: UTF-8 bytes of the learned text, each with its token's weight
     sha256   of the file
     notes    counts by name: "truncated", "dropped", "tokens_lost", and those of masking.NOTES
+    ignored  keys of the file that its format has no use for
     """
 
     name: str
@@ -46,6 +47,7 @@ class Dataset:
     bytes: NDArray[np.float64]
     sha256: str
     notes: Mapping[str, int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -72,6 +74,7 @@ class Dataset:
             self.bytes[index],
             self.sha256,
             {},
+            self.ignored,
         )
 
 
@@ -109,6 +112,7 @@ def encode(
         np.asarray([encoded.bytes for _, encoded in kept], dtype=np.float64),
         rows.sha256,
         dict(fitting.counts),
+        rows.ignored,
     )
 
 
@@ -173,7 +177,8 @@ def _pack(
     sizes: NDArray[np.float64],
     sha256: str,
     notes: Mapping[str, int],
+    ignored: tuple[str, ...],
 ) -> Dataset:
     offsets = np.zeros(len(tokens) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in tokens], out=offsets[1:])
-    return Dataset(name, np.concatenate(tokens), np.concatenate(weights), offsets, lines, sizes, sha256, notes)
+    return Dataset(name, np.concatenate(tokens), np.concatenate(weights), offsets, lines, sizes, sha256, notes, ignored)

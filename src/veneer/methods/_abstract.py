@@ -95,7 +95,7 @@ class Method(BaseModel, ABC):
     A method with a field `targets` acts where that selects; any other says so itself (`places`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     site: ClassVar[Site]

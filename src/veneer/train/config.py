@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from veneer.base import formats
 from veneer.errors import ConfigError, NotFound, complaint, listed
@@ -36,7 +46,7 @@ BaseFormat: TypeAlias = Annotated[str | None, AfterValidator(_known_format)]
 class Section(BaseModel):
     """A part of a run file. Unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -73,6 +83,14 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: Literal["auto", "none", "all"] = "auto"
     tensorboard: bool = Field(False, description="also write events for TensorBoard into the run directory")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, field: ValidationInfo) -> Any:
+        """Python takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth", "expected another value than true or false")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -235,14 +253,25 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[str, str
     *parents, name = path.split(".")
     section = values
     for parent in parents:
-        section = section.setdefault(parent, {})
+        section[parent] = {} if section.get(parent) is None else section[parent]  # `train:` with nothing below it
+        section = section[parent]
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: '{parent}' is a value, not a section", help=KEYS_HELP)
     try:
         section[name] = _as_number(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {_reason(error)}", help=YAML_HELP) from error
-    origins[path] = "--set"
+    for replaced in [known for known in origins if known.startswith(f"{path}.")]:
+        del origins[replaced]
+    origins |= dict.fromkeys(leaves({path: section[name]}), "--set")
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The paths of all values that are no sections."""
+    found = []
+    for key, value in values.items():
+        found += leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
+    return found
 
 
 def _as_number(value: Any) -> Any:

@@ -23,6 +23,7 @@ from veneer.errors import TrainingError, listed
 from veneer.models.bank import Bank, Dropout, spans_of
 from veneer.models.base import Base
 from veneer.models.project import spans_at
+from veneer.ops.finite import is_finite
 from veneer.train.checkpoint import Cursor, write_json
 from veneer.train.config import TrainConfig
 from veneer.train.events import Evaluation, Event, Finished, Saved, Step
@@ -123,6 +124,8 @@ def _step(run: Run, total: int, dump: Path | None) -> Step:
     if run.regime is not None:
         run.regime.after_step(cursor.step + 1, run.parameters.detached().parts, run.parameters.gradients().parts)
     run.optimizer.zero_grad(set_to_none=True)
+    if not all(is_finite(buffer.detach()) for buffer in run.parameters.buffers.values()):
+        raise _not_finite(run, float(loss), float(norm), dump, "; it made parameters that are not finite")
     seconds = time.perf_counter() - begin
     tokens = sum(p.num_tokens for p in passes)
     return Step(
@@ -203,7 +206,7 @@ def _check_gradients_flow(run: Run) -> None:
         )
 
 
-def _not_finite(run: Run, loss: float, norm: float, dump: Path | None) -> TrainingError:
+def _not_finite(run: Run, loss: float, norm: float, dump: Path | None, made: str = "") -> TrainingError:
     """The error for a value that is not finite, with the evidence on disk."""
     step = run.cursor.step
     rows = [row for rows in run.schedule[step] for row in rows]
@@ -220,6 +223,6 @@ def _not_finite(run: Run, loss: float, norm: float, dump: Path | None) -> Traini
         write_json(path, evidence)
         where = f"; rows and parameter sizes are in {path}"
     return TrainingError(
-        f"step {step + 1}: loss is {loss}, gradient norm {norm}{where}",
+        f"step {step + 1}: loss is {loss}, gradient norm {norm}{made}{where}",
         help="lower train.lr, or look at those rows; the last checkpoint is intact",
     )

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError
 from veneer.models.base import Base
-from veneer.train.config import Resolved, RunConfig, apply_override, read_yaml, resolve_paths, validate
+from veneer.train.config import Resolved, RunConfig, apply_override, leaves, read_yaml, resolve_paths, validate
 from veneer.train.events import Event
 from veneer.train.run import Task, run_task
 
@@ -24,7 +24,7 @@ from veneer.train.run import Task, run_task
 class Failed:
     """A run that stopped with an error; the others go on."""
 
-    error: VeneerError
+    error: Exception
 
 
 def read_runs(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> list[Resolved]:
@@ -44,7 +44,7 @@ def read_runs(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     for number, entry in enumerate(entries):
         merged = _laid_over(values, entry)
         places = {k: v for k, v in origins.items() if not k.startswith("runs.")}
-        places |= {k: f"{path.name} runs[{number}]" for k in _leaves(entry)}
+        places |= {k: f"{path.name} runs[{number}]" for k in leaves(entry)}
         for override in shared:
             apply_override(override, merged, places)
         if out is not None:
@@ -75,7 +75,7 @@ def run_many(
                 yield name, next(events)
             except StopIteration:
                 del active[name]
-            except VeneerError as error:
+            except Exception as error:
                 del active[name]
                 yield name, Failed(error)
 
@@ -87,13 +87,6 @@ def _laid_over(values: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
         other_kind = both and key == "method" and value.get("kind", merged[key].get("kind")) != merged[key].get("kind")
         merged[key] = _laid_over(merged[key], value) if both and not other_kind else value
     return merged
-
-
-def _leaves(entry: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in entry.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
-    return found
 
 
 def _check_together(path: Path, runs: Sequence[Resolved]) -> None:
