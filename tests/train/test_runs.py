@@ -310,7 +310,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(
     base: Base, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = RowLosses(torch.tensor([float("nan")]), torch.ones(1))
-    monkeypatch.setattr(importlib.import_module("veneer.train.run"), "row_losses", lambda *args: bad)
+    monkeypatch.setattr(importlib.import_module("veneer.train.run"), "row_losses", lambda *_, **__: bad)
     with pytest.raises(TrainingError, match="evaluation after step 3 is not finite"):
         run(base, files, tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()

@@ -101,7 +101,7 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
         notes = (*notes, f"there is nothing to resume in {folder}: the run begins at step 0")
     ready = preflight(base, task.spec, task.dataset, run, sizes, notes)
     yield ready
-    writer = _Writer(folder, base, task, generators)
+    writer = _Writer(folder, base, task, generators, sizes.tokens_per_pass)
     writer.begin(run, ready)
     board = tensorboard.watching(folder, run.cursor.step) if task.config.tensorboard else nullcontext()
     with board as shown:
@@ -171,8 +171,11 @@ def content_digest(dataset: Dataset) -> str:
 class _Writer:
     """Puts a run's events and adapters into its folder."""
 
-    def __init__(self, folder: Path, base: Base, task: Task, generators: dict[str, torch.Generator]) -> None:
+    def __init__(
+        self, folder: Path, base: Base, task: Task, generators: dict[str, torch.Generator], tokens_per_pass: int
+    ) -> None:
         self.folder, self.base, self.task, self.generators = folder, base, task, generators
+        self.tokens_per_pass = tokens_per_pass
         self.metrics = folder / "metrics.jsonl"
         self.pending: dict[str, Any] | None = None
 
@@ -185,11 +188,13 @@ class _Writer:
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def evaluate(self, run: Run) -> tuple[float | None, float | None]:
-        """Held-out loss and general loss of the run as it is."""
+        """Held-out loss and general loss of the run as it is, in passes for which there is memory."""
         bank = run.frozen_bank()
 
         def mean(dataset: Dataset | None) -> float | None:
-            return None if dataset is None else row_losses(self.base, dataset, bank, 0).mean
+            if dataset is None:
+                return None
+            return row_losses(self.base, dataset, bank, 0, tokens_per_pass=self.tokens_per_pass).mean
 
         return mean(self.task.held_out), mean(self.task.general)
 
