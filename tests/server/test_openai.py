@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +326,38 @@ def test_an_adapter_of_the_library_is_spoken_to_in_its_own_template(
         assert (running.library.checkout("own@1", tmp_path / "out") / "chat_template.jinja").is_file()
     finally:
         running.library.remove("own", force=True)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"prompt": "a\\ud800b"',
+        '"prompt": "a", "user": "\\ud800"',
+        '"prompt": "a", "stop": ["\\udfff"]',
+        '"prompt": [true]',
+    ],
+)
+def test_what_is_no_text_and_no_token_is_refused(running: Running, field: str) -> None:
+    """JSON can write half of a surrogate pair, which no tokenizer and no answer can."""
+    headers = {"content-type": "application/json"}
+    answer = running.client().post("/v1/completions", content="{" + field + ', "max_tokens": 2}', headers=headers)
+    assert answer.status_code == 400 and re.search("half of a character|valid integer", answer.text), answer.text
+
+
+def test_a_request_id_may_be_sent_with_several_requests(running: Running) -> None:
+    """As gateways do that number what belongs together."""
+
+    def ask(_: int) -> httpx.Response:
+        body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+        return running.client().post("/v1/completions", json=body, headers={"x-request-id": "one-trace"})
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert {answer.headers["x-request-id"] for answer in answers} == {"one-trace"}
+
+
+def test_more_answers_than_may_wait_are_refused_before_they_are_read(running: Running, client: Any) -> None:
+    most = running.service.engine.limits.waiting
+    with pytest.raises(openai.BadRequestError, match=f"{most + 2:,} answers are asked for at once"):
+        client.completions.create(model="small", prompt=["a"] * (most // 2 + 1), n=2, max_tokens=1)

@@ -246,3 +246,14 @@ def test_health_says_when_the_engine_is_gone(tmp_path: Path) -> None:
     finally:
         time.sleep(0)
         server.stop()
+
+
+def test_admin_means_production_by_a_bare_name_whatever_the_canaries_take(running: Running) -> None:
+    """What a client's request draws by chance is no way to say which version to unload."""
+    client = running.client()
+    for ref, alias, weight in (("tickets@2", "production", None), ("tickets@1", "canary", 0.9)):
+        assert client.post("/admin/alias", json={"ref": ref, "alias": alias, "weight": weight}).status_code == 200
+    for action in ("load", "unload"):
+        assert client.post(f"/admin/adapters/tickets/{action}").json()["ref"] == "tickets@2"
+    assert client.get("/admin/adapters/tickets").json()["ref"] == "tickets@2"
+    assert client.get("/v1/models/tickets").json()["root"] == "tickets@2"

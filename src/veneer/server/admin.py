@@ -97,7 +97,7 @@ async def adapter(ref: str, request: Request) -> JSONResponse:
 async def load(ref: str, request: Request, body: Pin | None = None) -> dict[str, Any]:
     """Begin to load an adapter before somebody asks for it. Poll its readiness for the end."""
     service = _allowed(request, "load")
-    found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
+    found = await asyncio.to_thread(service.asked, ref, [], None, key_of(request))
     pin = body is not None and body.pinned
     _one_adapter(ref, found.uses)
     state = await service.loop.call(lambda: service.engine.load(found.uses[0].name, pin=pin))
@@ -108,7 +108,7 @@ async def load(ref: str, request: Request, body: Pin | None = None) -> dict[str,
 async def unload(ref: str, request: Request, body: Unload | None = None) -> dict[str, Any]:
     """Free an adapter's memory as soon as no stream uses it. It stays in the library, and a request loads it again."""
     service = _allowed(request, "load")
-    found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
+    found = await asyncio.to_thread(service.asked, ref, [], None, key_of(request))
     _one_adapter(ref, found.uses)
     digest = found.digests[0]
     deadline = None if body is None else body.deadline
@@ -121,7 +121,7 @@ async def unload(ref: str, request: Request, body: Unload | None = None) -> dict
 async def pin(ref: str, request: Request, body: Pin) -> dict[str, Any]:
     """Keep a known adapter in memory, or let it go again."""
     service = _allowed(request, "load")
-    found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
+    found = await asyncio.to_thread(service.asked, ref, [], None, key_of(request))
     _one_adapter(ref, found.uses)
     await service.loop.call(lambda: service.engine.residency.slots.pin(found.digests[0], body.pinned))
     return await _facts_of(service, ref)
@@ -141,7 +141,7 @@ async def heat(ref: str, request: Request) -> dict[str, Any]:
     Poll /admin/hot for the end. All other adapters are served as before. One at a time: 409 while another one is hot.
     """
     service = _allowed(request, "load")
-    found = await asyncio.to_thread(service.asked, ref, [], 0.0, key_of(request))
+    found = await asyncio.to_thread(service.asked, ref, [], None, key_of(request))
     _one_adapter(ref, found.uses)
     return asdict(await service.loop.call(lambda: service.engine.heat(found.uses[0].name)))
 
@@ -221,7 +221,7 @@ def _one_adapter(ref: str, uses: Sequence[Use]) -> None:
 
 
 async def _facts_of(service: Service, ref: str) -> dict[str, Any]:
-    found = await asyncio.to_thread(service.asked, ref, [], 0.0, LOCAL)
+    found = await asyncio.to_thread(service.asked, ref, [], None, LOCAL)
     _one_adapter(ref, found.uses)
     digest = found.digests[0]
 

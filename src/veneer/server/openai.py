@@ -124,7 +124,7 @@ async def model(model: str, request: Request) -> dict[str, Any]:
     service, key = service_of(request), key_of(request)
     if service.adapter_of(model) is None:
         return _base_card(service)
-    asked = await asyncio.to_thread(service.asked, model, [], 0.0, key)
+    asked = await asyncio.to_thread(service.asked, model, [], None, key)
     states = await service.loop.call(service.engine.residency.slots.states)
     card = _card(service, model, asked.uses[0].name, asked.digests[0])
     return {**card, "state": states.get(asked.digests[0], "available")}
@@ -155,15 +155,17 @@ async def _answer(
                 body.request(
                     prompt,
                     asked.uses,
-                    id=f"{id}-{place}",
                     max_tokens=max_tokens,
                     logprobs=logprobs,
                     timeout=service.settings.timeout,
                 )
             )
-            for place, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
 
+    most = service.engine.limits.waiting
+    if len(prompts) * body.n > most:
+        raise ConfigError(f"{len(prompts) * body.n:,} answers are asked for at once; this server takes {most:,}")
     tickets = await asyncio.to_thread(read)
     echoes = [_text(service, prompt) if echo else "" for prompt in prompts]
     service.keyring.begin(key, sum(len(ticket.tokens) for ticket in tickets))

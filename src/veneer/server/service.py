@@ -54,8 +54,11 @@ class Service:
         self.names: dict[str, str] = {}
         self.usage: dict[str, Counter[str]] = {}
 
-    def asked(self, model: str, adapters: Sequence[Use], draw: float, key: Key) -> Asked:
-        """What `model` and the `adapter` field stand for, if `key` may use it. Reads the library: not for the event loop."""
+    def asked(self, model: str, adapters: Sequence[Use], draw: float | None, key: Key) -> Asked:
+        """What `model` and the `adapter` field stand for, if `key` may use it. Reads the library: not for the event loop.
+
+        `draw` in [0, 1) gives canaries their share of the bare names; without one a bare name is its production version.
+        """
         named = self.adapter_of(model)
         if named is not None and adapters:
             raise ConfigError(
@@ -80,7 +83,7 @@ class Service:
             return None
         return model.removeprefix(f"{self.base.name}:")
 
-    def _one(self, use: Use, draw: float) -> tuple[Use, str, str]:
+    def _one(self, use: Use, draw: float | None) -> tuple[Use, str, str]:
         local = self.engine.residency.local
         if use.name in local:
             found = local.resolve(use.name)

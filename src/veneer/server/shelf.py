@@ -29,11 +29,11 @@ class Shelf:
         """The engine's `AdapterSource`: `name` is a reference as `version_of` gives it."""
         return self.found(self._library(name).resolve(name))
 
-    def version_of(self, reference: str, draw: float) -> Version:
-        """The version that a client's reference means now, canaries by `draw` in [0, 1)."""
+    def version_of(self, reference: str, draw: float | None) -> Version:
+        """The version that a client's reference means now, canaries by `draw` in [0, 1), if there is one."""
         library = self._library(reference)
         parsed = parse_reference(reference)
-        if parsed.version is None and parsed.alias is None:
+        if draw is not None and parsed.version is None and parsed.alias is None:
             chosen = route(library.aliases(parsed.name), draw)
             if chosen is not None:
                 return library.resolve(chosen.ref)

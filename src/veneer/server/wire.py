@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
-from pydantic_core import CoreSchema
 
 from veneer.engine import Constraint, Request, Sampling, Use
 from veneer.errors import ConfigError, Unsupported
@@ -83,7 +82,7 @@ class Message(Wire):
         )
 
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Generation(Wire):
@@ -128,10 +127,14 @@ class Generation(Wire):
     def _given(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text holds {error.object[error.start]!a}, half of a character") from error
         return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler.resolve_ref_schema(handler(core))
         for name, field in schema["properties"].items():
             if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
@@ -172,7 +175,6 @@ class Generation(Wire):
         prompt: str | Sequence[int] | Sequence[dict[str, str]],
         uses: Sequence[Use],
         *,
-        id: str,
         max_tokens: int | None,
         logprobs: int | None,
         timeout: float,
@@ -202,7 +204,6 @@ class Generation(Wire):
             constraint=self.constraint(),
             n=self.n,
             timeout=timeout,
-            id=id,
         )
 
     def adapters(self) -> list[Use]:

@@ -21,7 +21,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from veneer.base import formats
 from veneer.errors import ConfigError, NotFound, complaint, listed
@@ -89,7 +88,7 @@ class TrainConfig(Section):
     def _no_truth_values(cls, value: Any, field: ValidationInfo) -> Any:
         """Python takes true for 1."""
         if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
-            raise PydanticCustomError("truth", "expected another value than true or false")
+            raise ValueError(f"expected another value than true or false, got {value}")
         return value
 
     @model_validator(mode="before")
