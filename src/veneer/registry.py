@@ -1,7 +1,8 @@
 """Names that users type, and what they stand for.
 
 A `Registry` is a dict with a decorator to fill it and an error that suggests; `Latest` is one that forgets. `discover` imports
-every public module of a package once, so that a method, an init or a rule is one file: dropping it in is enough.
+every public module of a package once, so that a method, an init or a rule is one file: dropping it in is enough. `Declared` is
+the base of what has keys and values: methods, and the sections of a run file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from veneer.errors import ConfigError
 
@@ -27,6 +30,23 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+class Declared(BaseModel):
+    """Unknown keys are errors, and so are infinite numbers and true where a number is meant, which Python takes for 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, field: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _takes_truth(cls.model_fields[str(field.field_name)].annotation):
+            raise ValueError(f"expected another value than true or false, got {value}")
+        return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation is bool or isinstance(annotation, bool) or any(map(_takes_truth, get_args(annotation)))
 
 
 class Registry(dict[str, T], Generic[T]):

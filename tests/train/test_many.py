@@ -99,6 +99,7 @@ def test_a_section_may_be_empty_and_a_whole_one_may_be_set(tmp_path: Path, monke
         ("train.lr", "true"),
         ("train.seed", "true"),
         ("method.alpha", ".inf"),
+        ("method.rank", "true"),
     ],
 )
 def test_numbers_are_numbers(tmp_path: Path, key: str, value: str) -> None:

@@ -24,10 +24,9 @@ from pydantic import Field, ValidationError
 from veneer import __version__
 from veneer.data import file_digest
 from veneer.errors import ConfigError, listed
-from veneer.registry import did_you_mean
+from veneer.registry import Declared, did_you_mean
 from veneer.train.config import (
     BaseFormat,
-    Section,
     TrainConfig,
     apply_override,
     explain,
@@ -72,14 +71,14 @@ FIXED = ("lr", "seed", "epochs", "max_steps", "patience", "eval_every", "save_ev
 """Keys of `train` that a comparison decides itself."""
 
 
-class Entry(Section):
+class Entry(Declared):
     """One method of the comparison."""
 
     method: dict[str, Any] = Field(description="as the `method` section of a run file")
     rates: tuple[float, ...] = Field(min_length=1, description="learning rates to try")
 
 
-class Files(Section):
+class Files(Declared):
     """The rows."""
 
     train: Path = Field(description="rows to train on")
@@ -88,7 +87,7 @@ class Files(Section):
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt/completion", "text"] = "auto"
 
 
-class Comparison(Section):
+class Comparison(Declared):
     """Everything that decides a comparison."""
 
     base: str

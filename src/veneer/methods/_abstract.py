@@ -18,13 +18,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from veneer.adapter import Adapter, HostSource, Part
 from veneer.base.host import Host
 from veneer.errors import Unsupported
-from veneer.registry import Registry
+from veneer.registry import Declared, Registry
 from veneer.types import BaseShape, Factors, HostKind, HostShape, Lowered, Override, Primitive, Site
 
 METHODS: Registry[type[Method]] = Registry("method")
@@ -87,15 +86,13 @@ class Regime(ABC):
         """
 
 
-class Method(BaseModel, ABC):
+class Method(Declared, ABC):
     """One way to adapt a base. Subclasses are final, frozen, and hold only configuration.
 
     `summary` is the formula, `use` when to choose it, `limits` what it can't do: the docs have a row of them for each method.
 
     A method with a field `targets` acts where that selects; any other says so itself (`places`).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     site: ClassVar[Site]

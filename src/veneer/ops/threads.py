@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-from veneer.ops.native.build import library
-
 
 @contextmanager
 def side_by_side(most: int) -> Iterator[ThreadPoolExecutor]:
@@ -36,12 +34,9 @@ def own_core() -> Iterator[None]:
     """For work on one thread beside kernels that many threads share: `team` leaves it a core meanwhile.
 
     Such a kernel waits at every barrier for its slowest thread, so one that is pushed from its core stops them all. To do without
-    the core costs less: memory is read hardly more slowly. Enter it on the thread that calls the kernels: those that helped it
-    would look for work for some 4 ms more, on the core that is to be free, and are let go.
+    the core costs less: memory is read hardly more slowly.
     """
     _beside.append(None)
-    if (kernels := library()) is not None:
-        kernels.disband()
     try:
         yield
     finally:

@@ -14,18 +14,15 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from veneer.base import formats
 from veneer.errors import ConfigError, NotFound, complaint, listed
 from veneer.methods import METHODS, Method, load_all, parse
-from veneer.registry import did_you_mean
+from veneer.registry import Declared, did_you_mean
 
 Auto = Literal["auto"]
 YAML_HELP = "close brackets and quotes, and indent with spaces; quote a text that has a colon in it"
@@ -42,13 +39,7 @@ BaseFormat: TypeAlias = Annotated[str | None, AfterValidator(_known_format)]
 """A name that is registered in `base/formats`, or None for a base as it is."""
 
 
-class Section(BaseModel):
-    """A part of a run file. Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(Section):
+class DataConfig(Declared):
     train: Path = Field(description="rows to train on")
     eval: Path | None = Field(None, description="held-out rows of the same task")
     general: Path | None = Field(None, description="held-out general text: what tuning costs elsewhere")
@@ -60,7 +51,7 @@ class DataConfig(Section):
         return tuple(path for path in (self.train, self.eval, self.general) if path is not None)
 
 
-class TrainConfig(Section):
+class TrainConfig(Declared):
     epochs: float = Field(2.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
     lr: float = Field(2e-4, gt=0)
@@ -83,14 +74,6 @@ class TrainConfig(Section):
     recompute: Literal["auto", "none", "all"] = "auto"
     tensorboard: bool = Field(False, description="also write events for TensorBoard into the run directory")
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_values(cls, value: Any, field: ValidationInfo) -> Any:
-        """Python takes true for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
-            raise ValueError(f"expected another value than true or false, got {value}")
-        return value
-
     @model_validator(mode="before")
     @classmethod
     def _numbers_with_exponents(cls, values: Any) -> Any:
@@ -100,7 +83,7 @@ class TrainConfig(Section):
         return values
 
 
-class RunConfig(Section):
+class RunConfig(Declared):
     """Everything that decides a run."""
 
     base: str

@@ -67,7 +67,6 @@ _SIGNATURES = {
     "merge_low_rank": "plpplllpppi",
     "merge_low_rank_file": "ililpplllpp",
     "decode_blocks": "plpppplpi",
-    "disband": "",
     "rms_forward": "plllpfppi",
     "rotary": "plllllppfpi",
     "gated_forward": "pllffpi",
