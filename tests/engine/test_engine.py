@@ -19,6 +19,7 @@ from veneer.adapter import Adapter
 from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Request, Sampling, Use
 from veneer.engine.arena import Arena
 from veneer.engine.batch import prepare
+from veneer.engine.slots import PASSING
 from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
 from veneer.inject import create
 from veneer.methods import lower, parse
@@ -78,6 +79,17 @@ def test_an_adapter_of_any_method_is_one_piece_of_memory(kind: str) -> None:
 
 
 # -- one batch, many adapters ------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_scales_leaves_a_bounded_record() -> None:
+    base = small_base()
+    size = prepare([(lora(base, 1), 1.0)], base).bytes
+    mixed = Engine(base, kv_bytes=1 << 22, adapter_bytes=3 * size)
+    mixed.add("a", lora(base, 1))
+    for scale in range(1, 100):
+        mixed.complete([Request(ids(1, 4), adapter=Use("a", scale / 100), max_tokens=1)])
+    assert len(mixed.residency.slots.states()) <= PASSING + 6  # those in memory, and the one that came last
+    mixed.close()
 
 
 def test_every_method_in_one_batch_answers_as_it_does_alone() -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from veneer.engine.slots import Slots
+from veneer.engine.slots import PASSING, Slots
 from veneer.errors import Conflict, NotFound
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "huge"])
@@ -172,3 +172,17 @@ def test_what_is_spared_is_not_evicted() -> None:
         "d": "",
         "huge": "available",
     }
+
+
+def test_sums_out_of_memory_are_forgotten_when_there_are_many() -> None:
+    slots: Slots[str] = Slots(10)
+    slots.know("adapter", 1)
+    slots.know("in memory", 1, passing=True)
+    slots.want("in memory", 0)
+    slots.loaded("in memory", "A", 1, 0)
+    for number in range(1000):
+        slots.know(f"{number}", 100 if number % 2 else 1, passing=True)
+        if number % 2:
+            assert slots.want(f"{number}", number) == "failed"
+    assert len(slots.states()) == 3 + PASSING and {"adapter", "in memory", "999"} <= slots.states().keys()
+    assert slots.know("0", 1, passing=True).state == "available"

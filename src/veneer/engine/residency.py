@@ -61,7 +61,7 @@ class Residency:
 
     def want(self, recipe: Recipe, now: float, sparing: Container[str] = ()) -> State:
         """The state of a recipe's slot; the load is started by the call that asks first. Nothing of `sparing` goes for it."""
-        before = self.slots.know(recipe.key, recipe.bytes).state
+        before = self.slots.know(recipe.key, recipe.bytes, passing=recipe.is_sum).state
         state = self.slots.want(recipe.key, now, sparing)
         if state == "loading" and before != "loading":
             self._loader.start(recipe.key, lambda: self._load(recipe), self.on_loaded)

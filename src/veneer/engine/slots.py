@@ -21,12 +21,15 @@ from veneer.errors import Conflict, NotFound
 
 P = TypeVar("P")
 
+PASSING = 64
+"""Records of sums out of memory that are remembered: their factors are the clients' to choose, so there is no end of them."""
+
 State: TypeAlias = Literal["available", "loading", "resident", "draining", "failed"]
 
 
 @dataclass
 class Slot(Generic[P]):
-    """One adapter. `payload` is its packed form while it is resident or draining."""
+    """One adapter, or a sum of some (`passing`). `payload` is its packed form while it is resident or draining."""
 
     key: str
     bytes: int
@@ -38,6 +41,7 @@ class Slot(Generic[P]):
     reason: str = ""
     failures: int = 0
     retry_at: float = 0.0
+    passing: bool = False
 
 
 @dataclass
@@ -78,10 +82,14 @@ class Slots(Generic[P]):
             raise NotFound(f"no adapter with digest {key[:12]} is known here")
         return self._slots[key]
 
-    def know(self, key: str, bytes: int) -> Slot[P]:
+    def know(self, key: str, bytes: int, *, passing: bool = False) -> Slot[P]:
         """Make `key` known; `bytes` is what it will take in memory, as far as one can tell before loading."""
         if key not in self._slots:
-            self._slots[key] = Slot(key, bytes)
+            if passing:
+                out = [k for k, s in self._slots.items() if s.passing and s.state in ("available", "failed")]
+                for old in out[:-PASSING]:
+                    del self._slots[old]
+            self._slots[key] = Slot(key, bytes, passing=passing)
         return self._slots[key]
 
     def want(self, key: str, now: float, sparing: Container[str] = ()) -> State:

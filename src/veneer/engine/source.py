@@ -110,5 +110,10 @@ class Recipe:
         return next(iter(brought.values()), None)
 
     @property
+    def is_sum(self) -> bool:
+        """Anything but one adapter as it is."""
+        return any(self.key != found.digest for found, _ in self.parts)
+
+    @property
     def bytes(self) -> int:
         return sum(found.bytes for found, _ in self.parts)
