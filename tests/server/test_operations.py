@@ -253,7 +253,8 @@ def test_admin_means_production_by_a_bare_name_whatever_the_canaries_take(runnin
     client = running.client()
     for ref, alias, weight in (("tickets@2", "production", None), ("tickets@1", "canary", 0.9)):
         assert client.post("/admin/alias", json={"ref": ref, "alias": alias, "weight": weight}).status_code == 200
-    for action in ("load", "unload"):
-        assert client.post(f"/admin/adapters/tickets/{action}").json()["ref"] == "tickets@2"
+    assert client.post("/admin/adapters/tickets/load").json()["ref"] == "tickets@2"
+    assert eventually(lambda: client.get("/admin/adapters/tickets@2").status_code == 200)
+    assert client.post("/admin/adapters/tickets/unload").json()["ref"] == "tickets@2"
     assert client.get("/admin/adapters/tickets").json()["ref"] == "tickets@2"
     assert client.get("/v1/models/tickets").json()["root"] == "tickets@2"
