@@ -13,6 +13,7 @@ VeneerError                     what was given, what was expected, where; `help`
 ├── Denied (PermissionError)    a key that is missing, unknown, or not allowed to do this
 ├── ResourceError (RuntimeError) not enough memory, disk, budget or time
 │   └── Busy                    too much at once; the same thing can work later
+│       └── Stopping            whoever was asked is shutting down; another one can do it
 └── TrainingError (RuntimeError) a run that cannot go on: a non-finite loss, a dead adapter
 """
 
@@ -87,6 +88,10 @@ class Busy(ResourceError):
     def __init__(self, message: str, *, retry_after: float = 1.0, help: str | None = "try again later") -> None:
         super().__init__(message, help=help)
         self.retry_after = retry_after
+
+
+class Stopping(Busy):
+    """Whoever was asked is shutting down: ask another one, or this one after its restart."""
 
 
 class Denied(VeneerError, PermissionError):

@@ -20,7 +20,7 @@ from veneer.engine import Delta, Engine, Failed, Finished, Found, Limits, Reques
 from veneer.engine.arena import Arena
 from veneer.engine.batch import prepare
 from veneer.engine.slots import PASSING
-from veneer.errors import Conflict, FormatError, NotFound, ResourceError, VeneerError
+from veneer.errors import ConfigError, Conflict, FormatError, NotFound, ResourceError, VeneerError
 from veneer.inject import create
 from veneer.methods import lower, parse
 from veneer.models.bank import compose
@@ -650,3 +650,84 @@ def test_memory_that_was_never_written_counts_for_nothing(dtype: torch.dtype, mo
     monkeypatch.setattr(Arena, "_take", poisoned)
     assert answers() == expected
     assert len(set(taken)) > 2, "buffers of several sizes were given out"
+
+
+def held(base: Base, budget: float) -> Engine:
+    """An engine with room for `budget` adapters of the size of those that it has, the first of them pinned."""
+    probe = engine(base)
+    probe.add("probe", lora(base, 1))
+    size = probe.residency.slots.charged
+    probe.close()
+    made = engine(base, adapter_bytes=int(size * budget))
+    made.add("pinned", lora(base, 1), pin=True)
+    made.add("large", lora(base, 2))
+    return made
+
+
+def test_an_adapter_without_room_beside_pinned_ones_is_its_own_trouble() -> None:
+    base = small_base()
+    now = [0.0]
+    running = held(base, 1.5)
+    running._clock = lambda: now[0]
+    prompt = ids(3, 6)
+    running.submit(Request(prompt, adapter="pinned", max_tokens=12, id="before"))
+    running.step()
+    for at in range(20):
+        running.submit(Request(prompt, adapter="large", max_tokens=2, id=f"large{at}"))
+    now[0] = 10.0
+    running.submit(Request(prompt, max_tokens=2, id="base"))
+    running.submit(Request(prompt, adapter="pinned", max_tokens=2, id="after"))
+    ends: dict[str, Finished | Failed] = {}
+    for _ in range(40):
+        ends |= {event.id: event for event in running.step() if not isinstance(event, Delta)}
+    assert {id for id, event in ends.items() if isinstance(event, Finished)} == {"before", "base", "after"}
+    failed = [event.error for event in ends.values() if isinstance(event, Failed)]
+    assert len(failed) == 20 and all("pinned" in str(error) for error in failed)
+    with pytest.raises(ResourceError, match="pinned"):
+        running.load("large")
+    running.residency.slots.pin(running.residency.resolve("pinned").digest, False)
+    assert running.complete([Request(prompt, adapter="large", max_tokens=2)])[0][0].usage.completion == 2
+    running.close()
+
+
+def test_an_adapter_that_is_larger_in_memory_than_on_disk_waits_for_its_room() -> None:
+    """As a bf16 file beside an fp32 base is: twice what its file takes."""
+    base = small_base()
+    adapters = {name: lora(base, seed, rank=16) for name, seed in (("a", 1), ("b", 2))}
+
+    class Understating:
+        def resolve(self, name: str) -> Found:
+            adapter = adapters[name]
+            size = sum(t.nbytes for part in adapter.parts for t in part.tensors.values())
+            return Found(name, adapter.digest, size // 2, lambda: adapter)
+
+    probe = engine(base)
+    probe.add("a", adapters["a"])
+    running = engine(base, source=Understating(), adapter_bytes=int(1.8 * probe.residency.slots.charged))
+    requests = [
+        Request(ids(1, 4), adapter="a", max_tokens=60, ignore_eos=True),
+        Request(ids(2, 4), adapter="b", max_tokens=3, ignore_eos=True),
+    ]
+    found = running.complete(requests)
+    assert [len(answers[0].tokens) for answers in found] == [60, 3]
+    probe.close()
+    running.close()
+
+
+def test_a_limit_that_is_no_demand_is_cut_to_the_room_there_is() -> None:
+    base = small_base()
+    running = engine(base, limits=Limits(answer=20))
+    context = base.config.max_positions
+
+    def length(prompt: int, **fields: Any) -> int:
+        return len(running.complete([Request(ids(1, prompt), ignore_eos=True, max_tokens=None, **fields)])[0][0].tokens)
+
+    assert length(4) == 20
+    assert length(4, up_to=7) == 7
+    assert length(4, up_to=300) == 20
+    assert length(context - 3, up_to=7) == 3
+    with pytest.raises(ConfigError, match="min_tokens is 30"):
+        length(4, min_tokens=30)
+    with pytest.raises(ConfigError, match="7 where none is given"):
+        length(4, up_to=7, min_tokens=8)
+    running.close()

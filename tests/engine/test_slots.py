@@ -36,7 +36,7 @@ class Life(RuleBasedStateMachine):
     def load_ends(self, key: str, more: int) -> None:
         if self.slots.states()[key] == "loading":
             fits = self.slots.loaded(key, key.upper(), SIZE[key] + more, self.now)
-            assert fits == (self.slots.states()[key] == "resident")
+            assert self.slots.states()[key] == ("resident" if fits else "available")
 
     @rule(key=KEYS)
     def load_fails(self, key: str) -> None:
@@ -143,6 +143,40 @@ def test_what_can_never_fit_fails_with_the_numbers() -> None:
     assert slots.want("a", 0.0) == "failed"
     assert "11" in slots.slot("a").reason
     assert "10" in slots.slot("a").reason
+
+
+def test_what_is_larger_than_it_was_said_to_be_waits_for_room() -> None:
+    slots = filled()
+    slots.acquire("a", 2.0)
+    slots.know("c", 5)
+    assert slots.want("c", 3.0) == "loading"
+    assert not slots.loaded("c", "C", 6, 4.0)
+    assert slots.want("c", 5.0) == "available" and slots.charged == 5
+    slots.release("a", 6.0)
+    assert slots.want("c", 7.0) == "loading" and slots.charged == 6
+    assert slots.loaded("c", "C", 6, 8.0)
+
+
+def test_what_pins_leave_no_room_for_is_told_so() -> None:
+    slots = filled()
+    slots.pin("a")
+    slots.know("c", 5)
+    slots.know("d", 6)
+    assert slots.hopeless("c") is None and slots.hopeless("a") is None
+    refusal = slots.hopeless("d")
+    assert refusal is not None and "6" in refusal.message and "leaves 5" in refusal.message
+    slots.pin("a", False)
+    assert slots.hopeless("d") is None
+
+
+def test_a_load_that_is_not_unloaded_keeps_its_pin() -> None:
+    slots: Slots[str] = Slots(10)
+    slots.know("a", 5)
+    slots.want("a", 0.0)
+    slots.pin("a")
+    with pytest.raises(Conflict):
+        slots.drain("a")
+    assert slots.slot("a").pinned
 
 
 def test_unknown_and_busy_keys_are_refused() -> None:

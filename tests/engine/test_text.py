@@ -74,3 +74,23 @@ def test_stop_strings_do_not_count_before_the_minimum() -> None:
 def test_half_a_character_at_the_end_is_shown_as_one_replacement() -> None:
     shown, _ = stream("é".encode()[:1])
     assert shown == ["", "\ufffd"]
+
+
+def test_what_never_becomes_a_character_is_shown_and_costs_the_same_for_every_token() -> None:
+    most = 0
+
+    def counting(ids: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return decode(ids)
+
+    text = TextStream(counting)
+    shown = "".join(text.push(0xFF) for _ in range(500))
+    assert len(shown) > 460 and set(shown) == {"\ufffd"} and most < 100
+    assert text.push(ord("a")).endswith("a") and text.text == "\ufffd" * 500 + "a"
+
+
+@given(st.text(max_size=8), st.integers(1, 200), st.text(max_size=8))
+def test_text_after_what_is_none_is_whole_again(before: str, noise: int, after: str) -> None:
+    shown, text = stream(before.encode() + b"\xff" * noise + after.encode())
+    assert "".join(shown) == text.text == before + "\ufffd" * noise + after

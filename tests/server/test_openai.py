@@ -125,6 +125,26 @@ def test_a_part_of_a_character_has_the_bytes_that_it_stands_for(client: Any) -> 
     assert set(offsets) == {0, 1, 2, 3, 4, 5} and offsets == sorted(offsets)
 
 
+@pytest.mark.parametrize("regex,stop", [("(a🙂){3}", None), ("aab(aab🙂)*z", "aabz"), ("x🙂aaay", "aab")])
+def test_offsets_are_the_same_streamed_and_whole(client: Any, regex: str, stop: str | None) -> None:
+    """Held back or not, half a character or not: a token is where its text is."""
+    body = {"model": "small", "prompt": PROMPT, "logprobs": 0, "max_tokens": 30, "seed": 2, "stop": stop}
+    whole = client.completions.create(**body, extra_body={"guided_regex": regex}).choices[0]
+    offsets: list[int] = []
+    for chunk in client.completions.create(**body, stream=True, extra_body={"guided_regex": regex}):
+        if chunk.choices[0].logprobs is not None:
+            offsets += chunk.choices[0].logprobs.text_offset
+    assert offsets == whole.logprobs.text_offset
+    for at, token in zip(offsets, whole.logprobs.tokens, strict=True):
+        assert token == "\ufffd" or whole.text[at:].startswith(token) or at + len(token) > len(whole.text)
+
+
+def test_a_completion_without_a_limit_takes_the_room_there_is(running: Running) -> None:
+    answer = running.client().post("/v1/completions", json={"prompt": "x" * 505, "ignore_eos": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 512 - 505
+
+
 def test_echo_with_log_probabilities_is_refused(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="log-probabilities of a prompt"):
         client.completions.create(model="small", prompt=PROMPT, logprobs=1, echo=True)
@@ -262,10 +282,17 @@ def test_tools_images_and_nonsense_are_refused(running: Running) -> None:
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"tool_choice": "required"},
+        {"reasoning_effort": "banana"},
+        {"stream_options": {"include_usage": True}},
     ):
         body = {"model": "small", "messages": CHAT, **change}
         assert client.post("/v1/chat/completions", json=body).status_code == 400
     assert client.post("/v1/completions", content=b"{not json").status_code == 400
+    untyped = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert untyped.status_code == 400
+    assert "content-type: application/json; it came as text/plain" in untyped.json()["error"]["message"]
     assert client.get("/v1/nothing").status_code == 404
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
 

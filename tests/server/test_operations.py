@@ -227,7 +227,8 @@ def test_stopping_finishes_the_streams_and_takes_no_new_ones(tmp_path: Path) -> 
         server.service.loop.refuse_new()
         assert server.client().get("/ready").status_code == 503
         refused = ask(server, "small")
-        assert refused.status_code == 429
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable_error")
+        assert int(refused.headers["retry-after"]) >= 1
         server.server.should_exit = True
         rest = list(lines)
     assert rest[-2] == "data: [DONE]"
@@ -240,12 +241,68 @@ def test_stopping_finishes_the_streams_and_takes_no_new_ones(tmp_path: Path) -> 
 def test_health_says_when_the_engine_is_gone(tmp_path: Path) -> None:
     server = start(tmp_path)
     try:
-        server.service.loop.refuse_new()
-        assert eventually(lambda: not server.service.loop.alive)
+        server.service.loop.stop(5.0)
+        assert not server.service.loop.alive
         assert server.client().get("/health").status_code == 503
+        assert server.client().get("/metrics").status_code == 503
     finally:
-        time.sleep(0)
         server.stop()
+
+
+def test_an_idle_server_that_is_told_to_stop_still_says_how_it_is(tmp_path: Path) -> None:
+    server = start(tmp_path)
+    try:
+        server.service.loop.refuse_new()
+        time.sleep(0.1)
+        for path in ("/metrics", "/v1/models", "/admin/hot", "/health"):
+            assert server.client().get(path, timeout=5).status_code == 200, path
+        assert ask(server, "small").status_code == 503
+    finally:
+        server.stop()
+
+
+def test_what_was_answered_counts_though_the_client_left(running: Running) -> None:
+    client = running.client()
+
+    def counted() -> dict[str, int]:
+        return dict(client.get("/admin/usage").json()["usage"].get("adapter legal@1", {}))
+
+    before = counted()
+    body = {**BODY, "model": "legal", "max_tokens": 480, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        for _ in range(12):
+            next(lines)
+    assert eventually(lambda: counted().get("cancelled", 0) == before.get("cancelled", 0) + 1)
+    assert counted()["completion_tokens"] - before.get("completion_tokens", 0) >= 5
+    assert counted()["prompt_tokens"] - before.get("prompt_tokens", 0) == len(str(BODY["prompt"]))
+
+
+def test_the_servers_limit_holds_for_who_names_none(tmp_path: Path) -> None:
+    server = start(tmp_path, max_tokens=8)
+    try:
+        chat = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+        answer = server.client().post("/v1/chat/completions", json=chat).json()
+        assert answer["usage"]["completion_tokens"] == 8
+        completion = server.client().post("/v1/completions", json={"prompt": "hi", "ignore_eos": True}).json()
+        assert completion["usage"]["completion_tokens"] == 8
+        assert server.client().post("/v1/completions", json={"prompt": "hi", "max_tokens": 9}).status_code == 400
+        assert server.client().post("/v1/completions", json={"prompt": "hi", "min_tokens": 9}).status_code == 400
+    finally:
+        server.stop()
+
+
+def test_versions_with_the_same_content_are_both_shown_as_they_are(running: Running) -> None:
+    client = running.client()
+    running.library.add(lora(running.base, 1), "twin")
+    try:
+        ask(running, "twin")
+        listed = client.get("/admin/adapters").json()
+        states = {a["ref"]: a["state"] for a in listed["adapters"]}
+        assert states["twin@1"] == states["tickets@1"] == "resident"
+        assert not {a["digest"] for a in listed["others"]} & {a["digest"] for a in listed["adapters"]}
+    finally:
+        running.library.remove("twin@1", force=True)
 
 
 def test_admin_means_production_by_a_bare_name_whatever_the_canaries_take(running: Running) -> None:

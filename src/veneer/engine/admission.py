@@ -115,7 +115,13 @@ class Admission:
             names = ", ".join(found.name for found, _ in recipe.parts)
             reason = slots.slot(recipe.key).reason
             self.refused.append((answer, FormatError(f"adapter {names} can't be used: {reason}")))
-        return "full" if state == "available" else "later"
+        if state != "available":
+            return "later"
+        hopeless = slots.hopeless(recipe.key)
+        if hopeless is None:
+            return "full"
+        self.refused.append((answer, hopeless))
+        return "later"
 
     def _fit(self, answer: Answer) -> None:
         seq = answer.seq

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from veneer.engine.intake import Ticket
 from veneer.engine.kvcache import Chain
@@ -53,8 +53,9 @@ class Answer:
             return list(self._flush(self.stream.finish())), "stop"
         self._unsent.append(chosen.token)
         if chosen.logprob is not None:
-            self.logprobs.append(chosen.logprob)
-            self._unsent_logprobs.append(chosen.logprob)
+            placed = replace(chosen.logprob, at=self.stream.length)
+            self.logprobs.append(placed)
+            self._unsent_logprobs.append(placed)
         text = self.stream.push(chosen.token, may_stop=self.seq.generated > self.ticket.request.min_tokens)
         reason = self._reason()
         if reason is not None:

@@ -15,6 +15,7 @@ one thread that steps.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ from veneer.engine.scheduler import Limits, Scheduler, Seq, StepReport
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
-from veneer.errors import Busy, Conflict, FormatError, ResourceError, Unsupported, VeneerError
+from veneer.errors import Busy, ConfigError, Conflict, FormatError, Unsupported, VeneerError
 from veneer.models.base import Base
 
 NO_TOKEN = "constraint, bias and penalties of this request leave no token of the base's vocabulary to go on with"
@@ -125,9 +126,15 @@ class Engine:
         return self.unload(self.residency.local.remove(name).digest)
 
     def load(self, name: str, *, pin: bool = False) -> State:
-        """Begin to load an adapter before somebody asks for it; its state now. `residency.slots` tells the end."""
+        """Begin to load an adapter before somebody asks for it; its state now. `residency.slots` tells the end.
+
+        "available" means that those in use leave no room now; ResourceError, that those pinned never will.
+        """
         recipe = Recipe.of([(self.residency.resolve(name), 1.0)])
         state = self.residency.want(recipe, self._clock())
+        hopeless = self.residency.slots.hopeless(recipe.key) if state == "available" else None
+        if hopeless is not None:
+            raise hopeless
         if pin:
             self.residency.slots.pin(recipe.key)
         return state
@@ -184,12 +191,13 @@ class Engine:
         id = asked.id if asked.id is not None else f"request-{next(self._numbers)}"
         if id in self._requests:
             raise Conflict(f"a request called '{id}' is in flight")
+        limit = self._limit(ticket)
         self.book.check(capacity(len(ticket.tokens) + (ticket.limit or 1) - 1))
         now = self._clock()
         leader: Seq | None = None
         self._requests[id] = []
         for choice in range(asked.n):
-            answer = self._answer(id, ticket, choice, leader, now)
+            answer = self._answer(id, ticket, choice, limit, leader, now)
             leader = leader or answer.seq
             self._requests[id].append(answer)
             self._answers[answer.seq.id] = answer
@@ -298,7 +306,6 @@ class Engine:
         events += self._fail_refused()
         self.last_step = None
         if not step:
-            events += self._fail_stuck()
             return events
         start = time.perf_counter()
         residents = {key: self.residency.payload(key) for key in {seq.adapter for seq in step.seqs if seq.adapter}}
@@ -334,9 +341,21 @@ class Engine:
         mine &= self._requests.keys()
         return bool(mine or held)
 
-    def _answer(self, id: str, ticket: Ticket, choice: int, leader: Seq | None, now: float) -> Answer:
+    def _limit(self, ticket: Ticket) -> int:
+        """Most tokens of the answer; one without a limit of its own is cut to the room there is."""
+        if ticket.limit is not None:
+            return ticket.limit
         asked = ticket.request
-        limit = ticket.limit or min(self.limits.answer, self.base.config.max_positions - len(ticket.tokens))
+        limit = min(self.limits.answer, self.base.config.max_positions - len(ticket.tokens), asked.up_to or math.inf)
+        if asked.min_tokens > limit:
+            raise ConfigError(
+                f"min_tokens is {asked.min_tokens:,} and this answer may have {limit:,} tokens",
+                help="ask for fewer, or name a max_tokens",
+            )
+        return int(limit)
+
+    def _answer(self, id: str, ticket: Ticket, choice: int, limit: int, leader: Seq | None, now: float) -> Answer:
+        asked = ticket.request
         seq = Seq(
             id=next(self._numbers),
             request=id,
@@ -406,18 +425,6 @@ class Engine:
         now = self._clock()
         for answer, error in refused:
             yield self._fail(answer, error, now)
-
-    def _fail_stuck(self) -> Iterator[Event]:
-        """Nothing runs, nothing loads, and still somebody waits: there will never be room."""
-        if self.loading or self.scheduler.running:
-            return
-        now = self._clock()
-        for seq in self.scheduler.waiting:
-            error = ResourceError(
-                "there is no room in memory for this adapter: what is loaded is pinned",
-                help="unpin an adapter, or start with a larger adapter budget",
-            )
-            yield self._fail(self._answers[seq.id], error, now)
 
     def _fail(self, answer: Answer, error: VeneerError, now: float) -> Failed:
         self._release(answer, now, keep=False)

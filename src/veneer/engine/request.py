@@ -75,7 +75,8 @@ class Request:
 
     prompt          text, token ids, or chat messages (rendered with the adapter's template, else the base's)
     adapter         a name, a `Use`, several of either (their updates add), or None for the bare base
-    max_tokens      most tokens to generate; None goes to the end of the context
+    max_tokens      most tokens to generate, refused where there is no room for them; None goes to the end of the context
+    up_to           most tokens where max_tokens is None, cut to the room there is; beside the engine's own `Limits.answer`
     stop            strings that end the answer; they are not part of it unless `include_stop`
     stop_tokens     token ids that end the answer, beside the tokenizer's own end tokens
     logprobs        None: none. k: the chosen token's and those of the k likeliest
@@ -87,6 +88,7 @@ class Request:
     prompt: str | Sequence[int] | Sequence[Message]
     adapter: str | Use | Sequence[str | Use] | None = None
     max_tokens: int | None = 256
+    up_to: int | None = None
     min_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
@@ -105,10 +107,12 @@ class Request:
             raise ConfigError(f"this request can't be run:\n{listed(problems)}")
 
     def _problems(self) -> Iterator[str]:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            yield f"max_tokens must be at least 1, got {self.max_tokens}"
-        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
-            yield f"min_tokens must lie between 0 and max_tokens, got {self.min_tokens}"
+        most = self.up_to if self.max_tokens is None else self.max_tokens
+        if most is not None and most < 1:
+            yield f"max_tokens must be at least 1, got {most}"
+        if self.min_tokens < 0 or (most is not None and self.min_tokens > most):
+            limit = "max_tokens" if self.max_tokens is not None else f"max_tokens, {most} where none is given"
+            yield f"min_tokens must lie between 0 and {limit}, got {self.min_tokens}"
         if not 1 <= self.n <= 128:
             yield f"n must lie between 1 and 128, got {self.n}"
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
@@ -139,13 +143,15 @@ def _range(name: str, value: float, low: float, high: float) -> Iterator[str]:
 class TokenLogprob:
     """A token, what it stands for in UTF-8 (maybe a part of a character), and its log-probability.
 
-    `top` has the likeliest alternatives, the best first.
+    top  the likeliest alternatives, the best first
+    at   characters of the answer before it; a part of a character is where the character begins
     """
 
     token: int
     spelled: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...] = ()
+    at: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     available --want--> loading --loaded--> resident --drain--> draining --last use ends--> available
                            |                    \\--evicted (unused, least recently used)--> available
+                           |--larger than told, and no room for that now--> available
                            \\--failed--> failed(reason, retry after)
 
 Uses are counted per sequence, taken and given back in one place. An adapter in use or pinned is never evicted. The
@@ -17,7 +18,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from veneer.errors import Conflict, NotFound
+from veneer.errors import Conflict, NotFound, ResourceError
 
 P = TypeVar("P")
 
@@ -25,6 +26,7 @@ PASSING = 64
 """Records of sums out of memory that are remembered: their factors are the clients' to choose, so there is no end of them."""
 
 State: TypeAlias = Literal["available", "loading", "resident", "draining", "failed"]
+_IN_MEMORY: frozenset[State] = frozenset({"loading", "resident", "draining"})
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Slots(Generic[P]):
     @property
     def charged(self) -> int:
         """Bytes of adapters that are loading, resident or draining."""
-        return sum(s.bytes for s in self._slots.values() if s.state in ("loading", "resident", "draining"))
+        return sum(s.bytes for s in self._slots.values() if s.state in _IN_MEMORY)
 
     def states(self) -> dict[str, State]:
         return {key: slot.state for key, slot in self._slots.items()}
@@ -110,18 +112,29 @@ class Slots(Generic[P]):
         return slot.state
 
     def loaded(self, key: str, payload: P, bytes: int, now: float) -> bool:
-        """The load of `key` is done and takes `bytes`. False if it turns out not to fit: then it has failed."""
+        """The load of `key` is done and takes `bytes`. False if there is no room now: it is available, its size known."""
         slot = self.slot(key)
         assert slot.state == "loading", f"{slot.state} slot loaded"
         slot.bytes = 0
         if not self._make_room(bytes):
-            slot.bytes = bytes
-            self._fail(slot, f"it takes {bytes:,} bytes in memory, and other adapters in use leave too few", now)
+            slot.bytes, slot.state = bytes, "available"
+            slot.reason = f"it takes {bytes:,} bytes in memory, and other adapters in use leave too few"
             return False
         slot.bytes, slot.payload, slot.state = bytes, payload, "resident"
         slot.last_used, slot.failures = now, 0
         self.counters.loads += 1
         return True
+
+    def hopeless(self, key: str) -> ResourceError | None:
+        """Why there is no room for `key` even when nobody uses anything; None where there is."""
+        held = (s.bytes for s in self._slots.values() if s.pinned and s.key != key and s.state in _IN_MEMORY)
+        need, most = self.slot(key).bytes, self.budget - sum(held)
+        if need <= most:
+            return None
+        return ResourceError(
+            f"there is no room in memory for this adapter of {need:,} bytes: what is pinned or merged leaves {most:,}",
+            help="unpin an adapter, or start with a larger adapter budget",
+        )
 
     def failed(self, key: str, reason: str, now: float) -> None:
         """The load of `key` failed for `reason`; others are not affected, and it is not tried again at once."""
@@ -151,9 +164,9 @@ class Slots(Generic[P]):
     def drain(self, key: str) -> int:
         """Let no new sequence in and free the adapter once unused. The bytes that were freed at once."""
         slot = self.slot(key)
-        slot.pinned = False
         if slot.state == "loading":
             raise Conflict("the adapter is being loaded; unload it when that is done")
+        slot.pinned = False
         if slot.state != "resident":
             return 0
         if slot.uses:

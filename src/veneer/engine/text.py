@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _HALF = "\ufffd"
+_WAITS = 32
+"""Tokens that are held back for the rest of a character. No character is that long: what still looks cut then is no text."""
+_REST = 3
+"""Of those, the last ones may still be the beginning of a character."""
 
 
 class TextStream:
@@ -27,6 +31,11 @@ class TextStream:
         self._start = self._shown_to = 0
         self._held = ""
 
+    @property
+    def length(self) -> int:
+        """Characters so far, shown or held back; where the next token's text begins, or the character it goes on with."""
+        return len(self.text) + len(self._held)
+
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """One more token; the text that can be shown now. Nothing more comes after `stopped` is set.
 
@@ -35,9 +44,13 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._shown_to])
         now = self._decode(self._ids[self._start :])
+        end = len(self._ids)
         if len(now) <= len(before) or now.endswith(_HALF):
-            return ""
-        self._start, self._shown_to = self._shown_to, len(self._ids)
+            if end - self._shown_to < _WAITS:
+                return ""
+            end = next(cut for cut in range(end - _REST, end + 1) if self._decodes_apart(now, cut))
+            now = self._decode(self._ids[self._start : end])
+        self._start, self._shown_to = self._shown_to, end
         return self._show(now[len(before) :], self._stop if may_stop else ())
 
     def finish(self) -> str:
@@ -49,6 +62,9 @@ class TextStream:
         self._held = ""
         self.text += rest
         return rest
+
+    def _decodes_apart(self, whole: str, cut: int) -> bool:
+        return self._decode(self._ids[self._start : cut]) + self._decode(self._ids[cut:]) == whole
 
     def _show(self, new: str, stops: tuple[str, ...]) -> str:
         text = self._held + new

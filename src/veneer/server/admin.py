@@ -74,7 +74,7 @@ async def adapters(request: Request) -> dict[str, Any]:
     versions = await asyncio.to_thread(lambda: _library(service).list() if service.shelf.library else ())
     listed = [
         {
-            **slots.pop(v.digest, {"state": "available"}),
+            **slots.get(v.digest, {"state": "available"}),
             "ref": v.ref,
             "digest": v.digest,
             "method": v.method,
@@ -82,7 +82,8 @@ async def adapters(request: Request) -> dict[str, Any]:
         }
         for v in versions
     ]
-    return {"adapters": listed, "others": list(slots.values())}
+    shown = {v.digest for v in versions}
+    return {"adapters": listed, "others": [facts for digest, facts in slots.items() if digest not in shown]}
 
 
 @router.get("/admin/adapters/{ref}", **told(answers.AdapterFacts, unready=answers.AdapterFacts))

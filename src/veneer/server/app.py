@@ -154,6 +154,10 @@ async def _ours(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [complaint(item | {"loc": [step for step in item["loc"] if step != "body"]}) for item in error.errors()]
+    kind = request.headers.get("content-type", "")
+    if "json" not in kind and int(request.headers.get("content-length", "0") or 0):
+        came = f"as {kind[:60]}" if kind else "without a content-type"
+        problems = [f"the body has to be JSON, sent with content-type: application/json; it came {came}"]
     first = error.errors()[0]["loc"]
     param = str(first[1]) if len(first) > 1 else None
     return JSONResponse(bodies.error_body("; ".join(problems), "invalid_request_error", param=param), 400)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from veneer.errors import (
     FormatError,
     NotFound,
     ResourceError,
+    Stopping,
     TargetError,
     Unsupported,
     VeneerError,
@@ -73,7 +73,7 @@ def usage(finished: Sequence[Finished]) -> dict[str, Any]:
 
 
 def chunk(heading: Heading, index: int, text: str, logprobs: Sequence[TokenLogprob], at: int) -> dict[str, Any]:
-    """A piece of one choice; `at` is the length of the text before it."""
+    """A piece of one choice, whose whole text is `at` characters into what is sent."""
     choice: dict[str, Any] = {"index": index, "finish_reason": None}
     if heading.chat:
         choice["delta"] = {"content": text}
@@ -134,20 +134,17 @@ def _shown(spelled: bytes) -> str:
 
 
 def text_logprobs(logprobs: Sequence[TokenLogprob], at: int) -> dict[str, Any]:
-    """Scores of a text completion; `at` is the length of the text before them. Parts of a character begin where it does."""
-    decoder, offsets = getincrementaldecoder("utf-8")("ignore"), []
-    for one in logprobs:
-        offsets.append(at)
-        at += len(decoder.decode(one.spelled))
+    """Scores of a text completion that is `at` characters into what is sent."""
     return {
         "tokens": [_shown(one.spelled) for one in logprobs],
         "token_logprobs": [one.logprob for one in logprobs],
         "top_logprobs": [{_shown(spelled): value for _, spelled, value in one.top} or None for one in logprobs],
-        "text_offset": offsets,
+        "text_offset": [at + one.at for one in logprobs],
     }
 
 
 _STATUS: tuple[tuple[type[VeneerError], int, str], ...] = (
+    (Stopping, 503, "unavailable_error"),
     (Busy, 429, "rate_limit_error"),
     (NotFound, 404, "not_found_error"),
     (ConfigError, 400, "invalid_request_error"),

@@ -23,7 +23,7 @@ import torch
 from veneer.engine import Delta, Engine, Event, Failed, Finished
 from veneer.engine.intake import Ticket
 from veneer.engine.scheduler import StepReport
-from veneer.errors import Busy, VeneerError
+from veneer.errors import Stopping, VeneerError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class EngineLoop:
         self._watch = watch
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
-        self._stopping = threading.Event()
+        self._stopping, self._ending = threading.Event(), threading.Event()
+        self._gate, self._over = threading.Lock(), False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
         engine.on_loaded = self._wake
@@ -63,13 +64,15 @@ class EngineLoop:
         self._thread.start()
 
     def refuse_new(self) -> None:
-        """From now on new requests are turned away; those in flight go on."""
+        """From now on new requests are turned away; those in flight go on, and `call` is answered until `stop`."""
         self._stopping.set()
         self._wake()
 
     def stop(self, drain: float) -> None:
         """Finish what runs, for at most `drain` seconds, cancel the rest, and end the thread."""
-        self.refuse_new()
+        self._stopping.set()
+        self._ending.set()
+        self._wake()
         self._thread.join(drain)
         self._commands.put(self._cancel_all)
         self._thread.join()
@@ -78,7 +81,7 @@ class EngineLoop:
     async def submit(self, ticket: Ticket) -> Stream:
         """Queue a request; the stream of its events. Busy while the server stops or too many wait."""
         if not self.accepting:
-            raise Busy("the server is shutting down", retry_after=5.0)
+            raise Stopping("the server is shutting down", retry_after=5.0)
         stream = Stream(ticket, asyncio.get_running_loop(), self)
         try:
             await self.call(lambda: self._begin(stream))
@@ -88,7 +91,7 @@ class EngineLoop:
         return stream
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the engine's thread, between two steps."""
+        """Run `function` on the engine's thread, between two steps. Stopping where that has ended."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -98,7 +101,10 @@ class EngineLoop:
                 except Exception as error:  # handed to whoever awaits it
                     future.set_exception(error)
 
-        self._commands.put(run)
+        with self._gate:
+            if self._over:
+                raise Stopping("the engine has stopped")
+            self._commands.put(run)
         return await asyncio.wrap_future(future)
 
     def cancel(self, stream: Stream) -> None:
@@ -109,25 +115,36 @@ class EngineLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        while True:
-            idle = not self._engine.busy
-            if idle and self._stopping.is_set() and self._commands.empty():
-                return
-            self._obey(wait=idle or self._waits_for_a_load())
+        while not self._at_its_end():
+            self._obey(wait=not self._engine.busy or self._waits_for_a_load())
             if self._engine.busy:
                 self._step()
             else:
-                self._engine.publish()
+                self._guarded(self._engine.publish)
+
+    def _at_its_end(self) -> bool:
+        """Told to end and nothing left to do. From then on no command is taken."""
+        with self._gate:
+            self._over = self._ending.is_set() and self._commands.empty() and not self._engine.busy
+            return self._over
 
     def _obey(self, *, wait: bool) -> None:
         """Run the commands that are there; where there is nothing else to do, sleep until one comes."""
         try:
             command = self._commands.get(timeout=1.0) if wait else self._commands.get_nowait()
             while True:
-                command()
+                self._guarded(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
             return
+
+    @staticmethod
+    def _guarded(command: Callable[[], None]) -> None:
+        """A defect in a command must not end the thread."""
+        try:
+            command()
+        except Exception:
+            log.exception("a command to the engine failed")
 
     def _waits_for_a_load(self) -> bool:
         return bool(self._engine.loading) and not self._engine.scheduler.running
@@ -144,7 +161,6 @@ class EngineLoop:
 
     def _begin(self, stream: Stream) -> None:
         stream.id = self._engine.submit(stream.ticket)
-        stream.left = stream.ticket.request.n
         self._streams[stream.id] = stream
 
     def _drop(self, stream: Stream) -> None:
@@ -189,19 +205,32 @@ class EngineLoop:
 
 
 class Stream:
-    """The events of one request, for one event loop. Leaving it before the end cancels the request."""
+    """The events of one request, for one event loop. Leaving it before the end cancels the request.
+
+    finished   answers that have ended, in whatever way but failure; those of a request that was left have what it took
+    unended    answers that have not
+    on_end     called on the event loop when the last one has ended
+    """
 
     def __init__(self, ticket: Ticket, loop: asyncio.AbstractEventLoop, owner: EngineLoop) -> None:
         self.ticket = ticket
         self.loop = loop
         self.id = ""
-        self.left = 0
+        self.left = self.unended = ticket.request.n
         self.heard: dict[int, float] = {}
+        self.finished: list[Finished] = []
+        self.on_end: Callable[[], None] | None = None
         self._owner = owner
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
         self._events.put_nowait(event)
+        if isinstance(event, Finished):
+            self.finished.append(event)
+        if isinstance(event, Finished | Failed):
+            self.unended -= 1
+            if self.unended == 0 and self.on_end is not None:
+                self.on_end()
 
     async def next(self) -> Event:
         """The next event."""

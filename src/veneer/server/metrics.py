@@ -92,7 +92,8 @@ class Metrics:
                 self.tokens.labels(label, "cached").inc(answer.usage.cached)
             self.tokens.labels(label, "completion").inc(answer.usage.completion)
             self.queue.observe(answer.timing.queue)
-            self.first_token.observe(answer.timing.first_token)
+            if answer.usage.completion:
+                self.first_token.observe(answer.timing.first_token)
             self.total.observe(answer.timing.total)
 
     def stepped(self, report: StepReport) -> None:

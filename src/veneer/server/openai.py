@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,18 +40,16 @@ def key_of(request: Request) -> Key:
 
 @dataclass(eq=False)
 class Answer:
-    """One HTTP answer in the making: one stream per prompt."""
+    """One HTTP answer in the making: one stream per prompt, as far as they have been submitted."""
 
     service: Service
     key: Key
     asked: Asked
     heading: bodies.Heading
-    streams: Sequence[Stream]
     echoes: Sequence[str]
     started: float
-    finished: list[Finished] = field(default_factory=list)
-    status: int = 200
-    open: bool = True
+    streams: list[Stream] = field(default_factory=list)
+    outcome: str = ""
 
     def headers(self) -> dict[str, str]:
         return {
@@ -59,18 +57,30 @@ class Answer:
             "x-veneer-digest": "+".join(self.asked.digests) or "base",
         }
 
+    @property
+    def finished(self) -> list[Finished]:
+        """Answers that have come to an end."""
+        return [answer for stream in self.streams for answer in stream.finished]
+
     def end(self, outcome: str) -> None:
-        """Give back what the request held, count it and log it: once, however it ended."""
-        if not self.open:
+        """Give back what the request held; then count it and log it, once. What was cut off counts with the tokens it had."""
+        if self.outcome:
             return
-        self.open = False
+        self.outcome = outcome
         for stream in self.streams:
+            stream.on_end = self._count
             stream.cancel()
-        tokens = sum(answer.usage.completion for answer in self.finished)
+        self._count()
+
+    def _count(self) -> None:
+        if any(stream.unended for stream in self.streams):
+            return
+        outcome, finished = self.outcome, self.finished
+        tokens = sum(answer.usage.completion for answer in finished)
         self.service.keyring.end(self.key, tokens)
-        self.service.count(self.asked, self.key.name, outcome, self.finished)
-        self.service.metrics.ended(self.asked.title, outcome, self.finished)
-        first = self.finished[0] if self.finished else None
+        self.service.count(self.asked, self.key.name, outcome, finished)
+        self.service.metrics.ended(self.asked.title, outcome, finished)
+        first = finished[0] if finished else None
         logs.answered(
             id=self.heading.id,
             key=self.key.name,
@@ -79,9 +89,9 @@ class Answer:
             digest="+".join(self.asked.digests) or None,
             base=self.service.base.identity,
             outcome=outcome,
-            finish=[answer.reason for answer in self.finished],
+            finish=[answer.reason for answer in finished],
             prompt_tokens=sum(len(stream.ticket.tokens) for stream in self.streams),
-            cached_tokens=sum(a.usage.cached for a in self.finished if a.choice == 0),
+            cached_tokens=sum(a.usage.cached for a in finished if a.choice == 0),
             completion_tokens=tokens,
             queue_ms=None if first is None else round(first.timing.queue * 1e3, 1),
             first_token_ms=None if first is None else round(first.timing.first_token * 1e3, 1),
@@ -93,17 +103,19 @@ class Answer:
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     body.refuse_tools()
+    up_to = service_of(request).settings.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     most = body.max_completion_tokens or body.max_tokens
-    return await _answer(request, body, [[m.plain() for m in body.messages]], most, top, chat=True)
+    return await _answer(request, body, [[m.plain() for m in body.messages]], most, up_to, top, chat=True)
 
 
 @router.post("/completions", **told(answers.TextCompletion, stream=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one text or several."""
     body.refuse_unsupported()
-    most = DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens
-    return await _answer(request, body, body.prompts(), most, body.logprobs, chat=False, echo=body.echo)
+    up_to = min(DEFAULT_COMPLETION, service_of(request).settings.max_tokens)
+    prompts = body.prompts()
+    return await _answer(request, body, prompts, body.max_tokens, up_to, body.logprobs, chat=False, echo=body.echo)
 
 
 @router.get("/models", **told(answers.ModelList))
@@ -135,6 +147,7 @@ async def _answer(
     body: Generation,
     prompts: Sequence[Any],
     max_tokens: int | None,
+    up_to: int,
     logprobs: int | None,
     *,
     chat: bool,
@@ -156,6 +169,7 @@ async def _answer(
                     prompt,
                     asked.uses,
                     max_tokens=max_tokens,
+                    up_to=up_to,
                     logprobs=logprobs,
                     timeout=service.settings.timeout,
                 )
@@ -172,9 +186,10 @@ async def _answer(
     identity = (service.base.identity or "unknown")[:12]
     mark = f"{identity}-{'+'.join(d[:12] for d in asked.digests)}" if asked.digests else identity
     heading = bodies.Heading(id, int(time.time()), body.model or service.base.name, mark, chat)
-    answer = Answer(service, key, asked, heading, [], echoes, started)
+    answer = Answer(service, key, asked, heading, echoes, started)
     try:
-        answer.streams = await _submit(service, tickets)
+        for ticket in tickets:
+            answer.streams.append(await service.loop.submit(ticket))
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return await _streamed(request, answer, usage=usage)
@@ -184,23 +199,11 @@ async def _answer(
         raise
 
 
-async def _submit(service: Service, tickets: Sequence[Ticket]) -> list[Stream]:
-    streams: list[Stream] = []
-    try:
-        for ticket in tickets:
-            streams.append(await service.loop.submit(ticket))
-    except BaseException:
-        for stream in streams:
-            stream.cancel()
-        raise
-    return streams
-
-
 async def _whole(request: Request, answer: Answer) -> Response:
-    answer.finished = await unless_gone(request, whole(answer.streams))
+    finished = await unless_gone(request, whole(answer.streams))
     n = answer.streams[0].ticket.request.n
-    body = bodies.completion(answer.heading, answer.finished, answer.echoes, n)
-    late = any(found.reason == "timeout" for found in answer.finished)
+    body = bodies.completion(answer.heading, finished, answer.echoes, n)
+    late = any(found.reason == "timeout" for found in finished)
     answer.end("timeout" if late else "ok")
     if late:
         text = f"the answer took longer than {answer.service.settings.timeout:g} seconds"
@@ -218,10 +221,10 @@ async def _streamed(request: Request, answer: Answer, *, usage: bool) -> Respons
     async def lines() -> AsyncIterator[Mapping[str, Any]]:
         n = answer.streams[0].ticket.request.n
         pieces = Pieces(answer.heading, answer.echoes, n)
-        for line in pieces.of(*first, note=answer.finished.append):
+        for line in pieces.of(*first):
             yield line
         async for place, event in events:
-            for line in pieces.of(place, event, note=answer.finished.append):
+            for line in pieces.of(place, event):
                 yield line
         if usage:
             yield bodies.usage_chunk(answer.heading, answer.finished)
@@ -238,26 +241,24 @@ class Pieces:
 
     def __init__(self, heading: bodies.Heading, echoes: Sequence[str], n: int) -> None:
         self._heading, self._echoes, self._n = heading, echoes, n
-        self._lengths: dict[int, int] = {}
+        self._begun: set[int] = set()
         self.failed = False
 
-    def of(self, place: int, event: Event, *, note: Callable[[Finished], None]) -> list[dict[str, Any]]:
-        """The chunks for one event of the prompt at `place`; finished answers are noted."""
+    def of(self, place: int, event: Event) -> list[dict[str, Any]]:
+        """The chunks for one event of the prompt at `place`."""
         index = place * self._n + event.choice
         found: list[dict[str, Any]] = []
         if isinstance(event, Failed):
             self.failed = True
             return [bodies.body_of(event.error)]
-        if index not in self._lengths:
-            echo = self._echoes[place]
-            self._lengths[index] = len(echo)
+        echo = self._echoes[place]
+        if index not in self._begun:
+            self._begun.add(index)
             if self._heading.chat or echo:
                 found.append(bodies.first_chunk(self._heading, index, echo))
         if isinstance(event, Delta) and (event.text or event.logprobs):
-            found.append(bodies.chunk(self._heading, index, event.text, event.logprobs, self._lengths[index]))
-            self._lengths[index] += len(event.text)
+            found.append(bodies.chunk(self._heading, index, event.text, event.logprobs, len(echo)))
         if isinstance(event, Finished):
-            note(event)
             found.append(bodies.last_chunk(self._heading, index, event))
         return found
 

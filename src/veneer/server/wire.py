@@ -72,6 +72,12 @@ class Message(Wire):
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
 
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
+
     def plain(self) -> dict[str, str]:
         """As the chat templates take it."""
         content = self.content or ""
@@ -142,6 +148,12 @@ class Generation(Wire):
                 schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **told}
         return schema
 
+    @model_validator(mode="after")
+    def _streamed(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
     @field_validator("stop")
     @classmethod
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -176,6 +188,7 @@ class Generation(Wire):
         uses: Sequence[Use],
         *,
         max_tokens: int | None,
+        up_to: int,
         logprobs: int | None,
         timeout: float,
     ) -> Request:
@@ -184,6 +197,7 @@ class Generation(Wire):
             prompt=prompt,
             adapter=tuple(uses) or None,
             max_tokens=max_tokens,
+            up_to=up_to,
             min_tokens=self.min_tokens,
             sampling=Sampling(
                 temperature=self.temperature,
@@ -224,7 +238,7 @@ class ChatRequest(Generation):
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -233,6 +247,9 @@ class ChatRequest(Generation):
         return self
 
     def refuse_tools(self) -> None:
+        """Refuse what asks for a tool call."""
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ConfigError("tool_choice asks for a tool and there are no tools", help="leave it out")
         if self.tools and self.tool_choice != "none":
             raise Unsupported(
                 "tool calls are not supported", help="describe the tools in a message, or constrain the answer"
