@@ -257,6 +257,13 @@ def test_one_call_from_rows_to_an_adapter(base: Base, files: Path, tmp_path: Pat
     assert (tmp_path / "run/report.md").exists()
 
 
+def test_rows_of_two_tokens_are_learned_though_attention_has_nothing_to_choose(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": ""}) + "\n")
+    train(base, tmp_path / "rows.jsonl", method=LoRA(rank=2), out=tmp_path / "run", max_steps=2, max_length=16)
+    told = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(told) == 2 and told[1] < told[0]
+
+
 def test_the_base_never_changes(base: Base, files: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in base.decoder.tensors.items()}
     run(base, files, tmp_path / "run", max_steps=3)
