@@ -312,6 +312,27 @@ def test_a_constraint_that_leaves_nothing_but_the_end_ends_the_answer(
     assert beside.usage.completion == 30
 
 
+def test_a_grammar_that_is_too_much_work_to_follow_fails_alone() -> None:
+    """llguidance gives up where a place of the text can be read in thousands of ways."""
+    from veneer.engine import Constraint
+
+    running = engine(with_tokenizer(small_base()))
+    ways = " | ".join("x " * count for count in range(2, 9))
+    hard = Request(
+        "x",
+        id="hard",
+        constraint=Constraint("grammar", f'start: x\nx: {ways} | "a"'),
+        max_tokens=400,
+        sampling=Sampling(logit_bias={running.base.require_tokenizer().encode("a")[0]: 100.0}),
+    )
+    events = list(running.generate([Request("hello", id="beside", max_tokens=300, ignore_eos=True), hard]))
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.id == "hard" and "can't be followed any further: Parser Error" in str(failed.error)
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    assert finished.id == "beside" and finished.usage.completion == 300
+    assert not running.busy
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_no_token_may_continue_fails_alone(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from veneer.engine import Constraint

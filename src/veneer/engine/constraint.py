@@ -33,15 +33,21 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def allowed(self, size: int) -> npt.NDArray[np.bool_]:
-        """`[size]`: which tokens may come next. Ids beyond the tokenizer's vocabulary never may."""
+        """`[size]`: which tokens may come next. Ids beyond the tokenizer's vocabulary never may. Unsupported as in `accept`."""
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
         flat = np.unpackbits(words, bitorder="little", count=min(8 * len(words), self._vocab, size)).view(np.bool_)
         return np.pad(flat, (0, size - len(flat)))
 
     def accept(self, token: int) -> None:
-        """The next token of the answer, one of those allowed."""
-        accepted = self._matcher.consume_token(token)
-        assert accepted, f"token {token} was allowed and then refused: {self._matcher.get_error()}"
+        """The next token of the answer, one of those allowed. Unsupported where following it on is too much work."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            what = self._matcher.get_error().partition("\n")[0]
+            raise Unsupported(f"the constraint can't be followed any further: {what}", help="ask with a simpler one")
 
     def copy(self) -> Matcher:
         """A matcher for another answer under the same constraint, from here on."""

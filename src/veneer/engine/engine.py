@@ -42,8 +42,6 @@ from veneer.engine.text import TextStream
 from veneer.errors import Busy, ConfigError, Conflict, FormatError, Unsupported, VeneerError
 from veneer.models.base import Base
 
-NO_TOKEN = "constraint, bias and penalties of this request leave no token of the base's vocabulary to go on with"
-
 
 class Engine:
     """Continuous batching over one base. A 4-bit base is dequantised once: `dequantised_bytes` says what that takes.
@@ -387,8 +385,8 @@ class Engine:
                 who = answer.digest[:12] or "the base"
                 yield self._fail(answer, FormatError(f"adapter {who} gave scores that are not finite"), now)
                 continue
-            if choice.stuck:
-                yield self._fail(answer, Unsupported(NO_TOKEN, help="ask with a looser one, or without"), now)
+            if choice.refusal is not None:
+                yield self._fail(answer, choice.refusal, now)
                 continue
             events, reason = answer.take(choice, now)
             yield from events

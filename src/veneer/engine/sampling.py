@@ -27,11 +27,13 @@ from torch import Tensor
 
 from veneer.engine.constraint import Matcher
 from veneer.engine.request import Sampling, TokenLogprob
+from veneer.errors import Unsupported, VeneerError
 from veneer.ops.native import draw as native
 from veneer.ops.native import few
 from veneer.ops.native.draw import Draw
 
 Scores: TypeAlias = npt.NDArray[np.float32]
+NO_TOKEN = "constraint, bias and penalties of this request leave no token of the base's vocabulary to go on with"
 _BLOCK = 256
 
 
@@ -184,14 +186,14 @@ def _drawn(weights: Scores, draw: float) -> int:
 class Chosen:
     """A token and, where asked for, its log-probability.
 
-    broken  the scores were not finite
-    stuck   no token of this vocabulary may come next
+    broken   the scores were not finite
+    refusal  why the constraint has no next token
     """
 
     token: int
     logprob: TokenLogprob | None = None
     broken: bool = False
-    stuck: bool = False
+    refusal: VeneerError | None = None
 
 
 def take_all(likeliest: tuple[list[int], list[float]], choosers: Sequence[Chooser]) -> list[Chosen]:
@@ -212,16 +214,20 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
     rows = [] if all(chooser.greedy for chooser in choosers) else list(logits.float().cpu().numpy())
     tokens = dict(enumerate(plain))
     drawn: dict[int, Scores] = {}
-    stuck: set[int] = set()
+    refusals: dict[int, VeneerError] = {}
     for row, chooser in enumerate(choosers):
         if not finite[row] or chooser.plain:
             continue
         scores = rows[row]
         if chooser.adjusts:
             scores = scores.copy()
-            chooser.adjust(scores)
+            try:
+                chooser.adjust(scores)
+            except VeneerError as error:
+                refusals[row] = error
+                continue
         if not np.isfinite(scores.max()):
-            stuck.add(row)
+            refusals[row] = Unsupported(NO_TOKEN, help="ask with a looser one, or without")
         elif chooser.sampling.temperature > 0:
             drawn[row] = scores
         else:
@@ -229,11 +235,15 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], spell: Callable[[int
     tokens |= zip(drawn, _draw_all(list(drawn.values()), [choosers[row].draw() for row in drawn]), strict=True)
     chosen: list[Chosen] = []
     for row, chooser in enumerate(choosers):
-        if not finite[row] or row in stuck:
-            chosen.append(Chosen(-1, broken=not finite[row], stuck=row in stuck))
+        if not finite[row] or row in refusals:
+            chosen.append(Chosen(-1, broken=not finite[row], refusal=refusals.get(row)))
             continue
         logprob = None if chooser.logprobs is None else _logprob(rows[row], tokens[row], chooser.logprobs, spell)
-        chooser.took(tokens[row])
+        try:
+            chooser.took(tokens[row])
+        except VeneerError as error:
+            chosen.append(Chosen(-1, refusal=error))
+            continue
         chosen.append(Chosen(tokens[row], logprob))
     return chosen
 
