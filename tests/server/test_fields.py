@@ -127,6 +127,10 @@ def test_constrained_answers_are_what_was_asked_for(running: Running) -> None:
     assert re.fullmatch("[0-9]{3}-(ab|cd)", said(guided_regex="[0-9]{3}-(ab|cd)"))
     assert said(guided_grammar='start: "yes" | "no"') in ("yes", "no")
     assert said(guided_choice=["red", "blue"]) in ("red", "blue")
+    labels = [f"label {number}" for number in range(5000)]
+    assert said(guided_choice=labels) in labels
+    for odd in ("a b-c#d&e~f", "\n\t%<>", "é😀", '"\\/|()[]{}.*+?^$', "\x7f\u2028", "a/b"):
+        assert said(guided_choice=[odd]) == odd
 
 
 def test_choices_of_one_request_are_drawn_apart_and_repeat_with_their_seed(running: Running) -> None:
