@@ -199,12 +199,14 @@ class Segment:
 
     The tokens of a packed batch are the segments' tokens in order. Segments of one sequence stand side by side.
     `adapter` is an index into the bank, -1 for the bare base. `start` is the position of the first token in its sequence.
+    `reach` is how many positions the sequence has in all, where the pass reads a part of them: LongRoPE turns all by that.
     """
 
     length: int
     sequence: int
     adapter: int = -1
     start: int = 0
+    reach: int = 0
 
 
 NEVER = 1 << 62

@@ -752,3 +752,30 @@ def test_a_limit_that_is_no_demand_is_cut_to_the_room_there_is() -> None:
     with pytest.raises(ConfigError, match="7 where none is given"):
         length(4, up_to=7, min_tokens=8)
     running.close()
+
+
+@pytest.fixture(scope="module")
+def turning() -> tuple[Base, dict[str | None, Adapter], list[Request], list[list[int]]]:
+    """A base with LongRoPE, adapters, requests around the length from which on it turns otherwise, and the answers."""
+    scaling = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [2.0, 5.0, 9.0, 20.0]}
+    base = small_base("phi3", rope_scaling=scaling, original_max_position_embeddings=48, num_key_value_heads=4)
+    adapters = {"lora": lora(base, 1), "prefix": shaken(base, "prefix"), "prompt": shaken(base, "prompt")}
+    prompts = [(name, ids(5, 90)[:length]) for name in (None, *adapters) for length in (38, 47, 49, 90)]
+    lowered = {name: None if name is None else lowered_of(base, adapters[name]) for name in (None, *adapters)}
+    answers = [plain_greedy(base, prompt, lowered[name], 12) for name, prompt in prompts]
+    return base, adapters, [Request(p, adapter=a, max_tokens=12, ignore_eos=True) for a, p in prompts], answers
+
+
+@pytest.mark.parametrize("settings", [{}, {"limits": Limits(alone=7, chunk=(3, 5))}, {"reproducible": True}])
+def test_a_base_that_turns_long_sequences_otherwise_answers_as_its_plain_forward(
+    settings: dict[str, Any], turning: Any
+) -> None:
+    """LongRoPE: past its first length all positions are turned by other frequencies, also those that are stored."""
+    base, adapters, requests, answers = turning
+    running = engine(base, **settings)
+    for name, adapter in adapters.items():
+        running.add(name, adapter)
+    assert base.decoder.turn == 48
+    for _ in range(2):  # the second time on what the first has stored
+        assert [list(found[0].tokens) for found in running.complete(requests)] == answers
+    running.close()

@@ -23,6 +23,7 @@ class Admission:
 
     identity  of the base and its dtype: where prefix keys start; None for no reuse of prefixes
     context   positions that the base reads
+    turn      positions from which on the base turns a whole sequence otherwise (LongRoPE)
     answers   by sequence id, kept by the engine
     refused   answers that can't run, and why; the engine takes them after each plan
     """
@@ -31,12 +32,13 @@ class Admission:
         self,
         identity: str | None,
         context: int,
+        turn: float,
         book: KVBook,
         arena: Arena,
         residency: Residency,
         answers: dict[int, Answer],
     ) -> None:
-        self._identity, self._context = identity, context
+        self._identity, self._context, self._turn = identity, context, turn
         self._book, self._arena, self._residency, self._answers = book, arena, residency, answers
         self.refused: list[tuple[Answer, VeneerError]] = []
 
@@ -97,6 +99,15 @@ class Admission:
         if answer.chain is not None:
             self._book.wrote(answer.seq.id, answer.chain.extend(answer.seq.tokens, answer.seq.stored))
 
+    def grown(self, answer: Answer) -> None:
+        """The sequence has a token more. Where it has just become a long one, nothing that is stored fits: it is read anew."""
+        seq = answer.seq
+        if seq.positions - 1 <= self._turn < seq.positions:
+            seq.stored, answer.chain = 0, self._chain(seq)
+            self._book.rewrite(seq.id)
+            self._arena.close(seq.id)
+            self._arena.open(seq.id, seq.positions, seq.most_positions)
+
     def forget(self, adapter: str) -> None:
         """Let nobody start from what sequences of this adapter have stored up to now."""
         if adapter:
@@ -147,10 +158,15 @@ class Admission:
 
     def _stored_prefix(self, answer: Answer) -> tuple[int, int] | None:
         """Who holds the longest prefix of this prompt, and how many tokens of it. At least one token is left to read."""
-        if self._identity is None:
-            return None
         seq = answer.seq
+        answer.chain = answer.chain or self._chain(seq)
         if answer.chain is None:
-            answer.chain = Chain(self._identity, seq.adapter, seq.switch)
+            return None
         hit = self._book.find(answer.chain.extend(seq.tokens, seq.prompt - 1))
         return None if hit is None else (hit[0], hit[1] * BLOCK)
+
+    def _chain(self, seq: Seq) -> Chain | None:
+        if self._identity is None:
+            return None
+        long = "|long" if seq.positions > self._turn else ""
+        return Chain(self._identity + long, seq.adapter, seq.switch)

@@ -82,6 +82,7 @@ class Engine:
         self._admission = Admission(
             None if reproducible else f"{base.identity}|{base.decoder.dtype}",
             config.max_positions,
+            decoder.turn,
             self.book,
             self._runner.arena,
             self.residency,
@@ -390,7 +391,9 @@ class Engine:
                 continue
             events, reason = answer.take(choice, now)
             yield from events
-            if reason is not None:
+            if reason is None:
+                self._admission.grown(answer)
+            else:
                 self._release(answer, now)
                 yield answer.finished(reason, now)
 

@@ -114,6 +114,10 @@ class KVBook:
             entry.keys.append(keys[index])
             self._holders.setdefault(keys[index], {})[id] = index
 
+    def rewrite(self, id: int) -> None:
+        """What is stored under `id` will be written anew: nobody starts from what was there."""
+        self._unlist(id, self._entries[id])
+
     def end(self, id: int, positions: int, *, keep: bool) -> bool:
         """A sequence has ended; what it stored takes room for `positions`.
 

@@ -153,9 +153,9 @@ def _segments(seq: Seq, count: int, adapter: int) -> list[Segment]:
     bare = min(max(seq.switch - start, 0), count)
     found = []
     if bare:
-        found.append(Segment(bare, seq.id, -1, _position(seq, start)))
+        found.append(Segment(bare, seq.id, -1, _position(seq, start), seq.positions))
     if bare < count:
-        found.append(Segment(stop - start - bare, seq.id, adapter, _position(seq, start + bare)))
+        found.append(Segment(stop - start - bare, seq.id, adapter, _position(seq, start + bare), seq.positions))
     return found
 
 

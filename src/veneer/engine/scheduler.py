@@ -42,7 +42,7 @@ class Seq:
     after      another choice of the same request that reads the prompt for both
     virtual    rows that the adapter puts before the prompt
     switch     the adapter applies from this token on (0, but for invoked adapters)
-    stored     how many of `tokens` have keys and values in the cache
+    stored     how many of `tokens` have keys and values in the cache; 0 again where all have to be read anew
     cached     how many of those were copied from the prefix cache
     """
 
@@ -73,12 +73,17 @@ class Seq:
     @property
     def decoding(self) -> bool:
         """The prompt is read and every step gives one token."""
-        return len(self.tokens) > self.prompt
+        return len(self.tokens) > self.prompt and self.pending == 1
 
     @property
     def pending(self) -> int:
         """Tokens that are known but not yet in the cache."""
         return len(self.tokens) - self.stored
+
+    @property
+    def positions(self) -> int:
+        """Positions of all that is known, virtual rows counted."""
+        return self.virtual + len(self.tokens)
 
     @property
     def most_positions(self) -> int:

@@ -12,6 +12,7 @@ argument; keys and values of earlier tokens live in the `cache` argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -62,6 +63,11 @@ class Decoder:
         }
         halves = {local: table.half for local, table in self._rope.items()}
         self._steps = Steps(config, self.groups, self.tensors, halves)
+
+    @property
+    def turn(self) -> float:
+        """The longest sequence that is turned by the ordinary frequencies: every position of a longer one is turned by others."""
+        return min((table.short for table in self._rope.values()), default=math.inf)
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint's names of what an adapter can replace, and its size as stored there."""
@@ -217,7 +223,8 @@ class Decoder:
         if self.config.positions == "learned":
             self._check_length(positions)
             x = x + self.tensors["positions"][positions]
-        ends = [(r.length, r.start + r.length) for r in runs]
+        reach = {segment.sequence: segment.reach for segment in segments}
+        ends = [(r.length, max(r.start + r.length, reach[r.sequence])) for r in runs]
         angles = {local: table.at(positions, ends) for local, table in self._rope.items()}
         state = Pass(spans_of(spans), tuple(runs), bank, cache, angles)
         if not has_virtual:

@@ -18,12 +18,15 @@ from veneer.models.config import Rope
 
 
 class RopeTable:
-    """cos and sin by position, fp32 `[positions, dim/2]`, grown when a later position is asked for."""
+    """cos and sin by position, fp32 `[positions, dim/2]`, grown when a later position is asked for.
+
+    short  the longest sequence that is turned by the ordinary frequencies
+    """
 
     def __init__(self, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> None:
         self._rope, self._dim, self._max, self._device = rope, rope.dim or head_dim, max_positions, device
-        self._table = (torch.empty(0, self._dim // 2),) * 2  # one name, so that another thread never sees half of it
-        self._short = _longest_short(rope, max_positions)
+        self.short = _longest_short(rope, max_positions)
+        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
     @property
     def half(self) -> int:
@@ -31,24 +34,26 @@ class RopeTable:
         return self._dim // 2
 
     def at(self, positions: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """cos, sin `[N, dim/2]` for `[N]` positions; `runs` are their (length, end position of the sequence so far).
+        """cos, sin `[N, dim/2]` for `[N]` positions; `runs` are their (length, end position of the whole sequence).
 
         LongRoPE and dynamic scaling turn a long sequence by other frequencies than a short one.
         """
         longest = max((end for _, end in runs), default=0)
-        if longest <= self._short:
+        if longest <= self.short:
             return self._lookup(positions, longest)
-        pieces = [
-            self._lookup(piece, end) if end <= self._short else self._angles(piece, end)
-            for piece, (_, end) in zip(positions.split([n for n, _ in runs]), runs, strict=True)
-        ]
+        parts = zip(positions.split([n for n, _ in runs]), runs, strict=True)
+        pieces = [self._lookup(piece, end) for piece, (_, end) in parts]
         return torch.cat([cos for cos, _ in pieces]), torch.cat([sin for _, sin in pieces])
 
-    def _lookup(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        cos, sin = self._table
-        if needed > len(cos):
-            grown = torch.arange(max(needed, 2 * len(cos), 512), device=self._device)
-            cos, sin = self._table = self._angles(grown, 1)
+    def _lookup(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        long = end > self.short
+        if long and self._rope.scaling["rope_type"] == "dynamic":  # other frequencies for every length
+            return self._angles(positions, end)
+        table = self._tables.get(long)
+        if table is None or end > len(table[0]):
+            grown = torch.arange(max(end, 512 if table is None else 2 * len(table[0])), device=self._device)
+            table = self._tables[long] = self._angles(grown, end if long else 1)
+        cos, sin = table
         return cos[positions], sin[positions]
 
     def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
