@@ -164,6 +164,12 @@ def test_older_configs_say_the_same() -> None:
         ({"num_key_value_heads": 3}, "not a multiple of 3"),
         ({"quantization_config": {"quant_method": "gptq"}}, "stored quantised"),
         ({"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "add_cross_attention": True}, "add_cross"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": None}, "turns 6 of a head's 12 dimensions"),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 30.0, "rope_parameters": None},
+            "attn_logit_softcapping",
+        ),
     ],
 )
 def test_what_would_change_the_arithmetic_is_refused(change: dict[str, Any], words: str) -> None:
@@ -171,6 +177,30 @@ def test_what_would_change_the_arithmetic_is_refused(change: dict[str, Any], wor
     with pytest.raises(Unsupported, match=words) as caught:
         decoder_config(raw | change)
     assert "veneer.attach" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"rope_theta": 500.0, "rope_local_base_freq": 77.0},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}},
+        {"rope_theta": 9.0, "rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}},
+        {
+            "rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 9.0}},
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        },
+        {"_sliding_window_pattern": 2},
+    ],
+)
+def test_gemma_3_means_what_transformers_understands(stated: dict[str, Any]) -> None:
+    """What a config.json leaves out, states in the old way, or in both ways."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 80}
+    raw = {"model_type": "gemma3_text", "vocab_size": 97, **sizes, **stated}
+    theirs = json.loads(AutoConfig.for_model(**json.loads(json.dumps(raw))).to_json_string(use_diff=False))
+    assert decoder_config(raw) == decoder_config(theirs)
 
 
 def test_missing_sizes_are_named_at_once() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -74,6 +76,47 @@ def test_logits_equal_transformers_load_of_the_same_file(name: str, tmp_path: Pa
     assert base.tokenizer is None
 
 
+def stated(model: Any, path: Path, **fields: Any) -> GgufFile:
+    """The model as a file that says these things, too."""
+    whole = gguf_writer._particular
+
+    def saying(writer: gguf.GGUFWriter, config: Any, family: str, head_dim: int) -> None:
+        whole(writer, config, family, head_dim)
+        for key, value in fields.items():
+            name = f"{writer.arch}.{key.replace('__', '.')}"
+            writer.add_array(name, value) if isinstance(value, list) else (
+                writer.add_bool(name, value) if isinstance(value, bool) else writer.add_float32(name, value)
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_writer, "_particular", saying)
+        return GgufFile(gguf_writer.write(model, path))
+
+
+def test_what_a_file_says_of_windows_and_of_local_frequencies_is_read(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 3
+    gemma = tiny.hf_model("gemma3_text", num_hidden_layers=6, layer_types=kinds)
+    says = {"attention__sliding_window_pattern": [kind == "sliding_attention" for kind in kinds]}
+    file = stated(gemma, tmp_path / "g.gguf", **says, rope__freq_base_swa=50.0, attention__scale=0.25)
+    found = decoder_config(file.config)
+    assert found.local_layers == (True, False) * 3
+    assert found.local_rope is not None and found.local_rope.theta == 50.0
+    assert found.attention_scale == 0.25
+
+
+def test_what_a_file_says_of_yarn_is_read_or_refused(tmp_path: Path) -> None:
+    yarn = tiny.hf_model("llama-yarn")
+    betas = {"rope__scaling__yarn_beta_fast": 16.0, "rope__scaling__yarn_beta_slow": 2.0}
+    scaling = decoder_config(stated(yarn, tmp_path / "b.gguf", **betas).config).rope.scaling
+    assert (scaling["beta_fast"], scaling["beta_slow"]) == (16.0, 2.0)
+    with pytest.raises(Unsupported, match="YaRN"):
+        _ = stated(yarn, tmp_path / "a.gguf", rope__scaling__attn_factor=0.5).config
+    with pytest.raises(Unsupported, match=r"attention by 0\.5"):
+        _ = stated(tiny.hf_model("llama"), tmp_path / "s.gguf", attention__scale=0.5).config
+    with pytest.raises(Unsupported, match="is_causal"):
+        decoder_config(stated(tiny.hf_model("llama"), tmp_path / "c.gguf", attention__causal=False).config)
+
+
 def test_llama_3_frequencies_come_as_a_tensor(tmp_path: Path) -> None:
     divisors = torch.linspace(1.0, 8.0, 6)
     model = tiny.hf_model("llama")
@@ -81,6 +124,7 @@ def test_llama_3_frequencies_come_as_a_tensor(tmp_path: Path) -> None:
     scaling = decoder_config(file.config).rope.scaling
     assert scaling["short_factor"] == scaling["long_factor"] == pytest.approx(divisors.tolist())
     assert scaling["attention_factor"] == 1.0
+    assert load_base(tmp_path / "m.gguf", dtype="float32").decoder.turn == math.inf
     assert "rope_freqs.weight" not in file.shapes
 
 

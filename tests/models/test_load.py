@@ -86,6 +86,36 @@ def test_a_head_of_its_own_is_kept_though_the_config_ties_it(tmp_path: Path) -> 
     assert torch.equal(load_base(folder, dtype="float32").logits(IDS), wanted)
 
 
+def test_a_head_under_its_old_name_is_kept_though_the_config_ties_it(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("gpt_neox", tmp_path / "m")
+    wanted = load_base(folder, dtype="float32").logits(IDS)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight") if "lm_head.weight" in tensors else tensors.pop("embed_out.weight")
+    save_file(tensors | {"embed_out.weight": head}, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    assert torch.equal(load_base(folder, dtype="float32").logits(IDS), wanted)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("llama", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    refused(FormatError, "norm.weight", "are both model.norm.weight", name=folder)
+
+
+def test_shards_beside_a_whole_file_are_not_read(tmp_path: Path) -> None:
+    """As in transformers: they are left over from before."""
+    folder = tiny.checkpoint("llama", tmp_path / "m", seed=1)
+    wanted = load_base(folder, dtype="float32").logits(IDS)
+    for file in tiny.checkpoint("llama", tmp_path / "old", seed=2, shard_size="20KB").iterdir():
+        if file.name.startswith("model"):
+            shutil.copy(file, folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert torch.equal(load_base(folder, dtype="float32").logits(IDS), wanted)
+
+
 def test_dtypes_are_separate_files_of_one_base(folder: Path) -> None:
     full, half = load_base(folder, dtype="float32"), load_base(folder, dtype="bfloat16")
     assert full.folder == half.folder and full.identity == half.identity

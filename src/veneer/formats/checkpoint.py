@@ -221,10 +221,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint((open_tensors(place),))
     if not place.is_dir():
         raise NotFound(f"there is no checkpoint at {place}")
+    if (place / "model.safetensors").exists():  # and an index beside it is not read, as in transformers
+        return Checkpoint((open_tensors(plain_file(place, "model.safetensors")),))
     if (place / "model.safetensors.index.json").exists():
         return _open_shards(place)
-    if (place / "model.safetensors").exists():
-        return Checkpoint((open_tensors(plain_file(place, "model.safetensors")),))
     pickles = sorted(p.name for p in place.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise FormatError(

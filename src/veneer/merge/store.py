@@ -212,10 +212,10 @@ class BaseStore(Store):
         return {part.path: group.kind for group in self.base.layout.groups for part in group.parts}
 
     def _canonical(self, name: str) -> str:
-        return RENAMED.get(name, name) if self.base.config.family == "gpt_neox" else name
+        return RENAMED.get(self.base.config.family, {}).get(name, name)
 
     def _public(self, name: str) -> str:
-        back = {new: old for old, new in RENAMED.items()} if self.base.config.family == "gpt_neox" else {}
+        back = {new: old for old, new in RENAMED.get(self.base.config.family, {}).items()}
         return back.get(name, name)
 
     def __contains__(self, name: object, /) -> bool:

@@ -26,8 +26,8 @@ BUFFERS = frozenset(
 )
 """Last two words of tensors that old checkpoints carry and no model reads."""
 
-RENAMED = {"embed_out.weight": "lm_head.weight"}
-"""GPT-NeoX's head in files, and as a module."""
+RENAMED: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"embed_out.weight": "lm_head.weight"}}
+"""What files of a family call otherwise than its modules are called."""
 
 
 def shapes(config: DecoderConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -69,9 +69,11 @@ def canonical(
     names: dict[str, str] = {}
     problems: list[str] = []
     for name in stored:
-        plain = RENAMED.get(name, name)
+        plain = RENAMED.get(config.family, {}).get(name, name)
         plain = plain if plain in expected else prefix + plain if prefix + plain in expected else plain
-        if plain in expected:
+        if plain in names:
+            problems.append(f"{names[plain]} and {name} are both {plain}")
+        elif plain in expected:
             names[plain] = name
         elif tuple(plain.split(".")[-2:]) not in BUFFERS and plain != f"{layout.head_path}.weight":
             problems.append(f"{name} {list(stored[name])} is not part of a {config.family} model")

@@ -33,14 +33,14 @@ from veneer.models.cache import (
     replacing,
     write_json,
 )
-from veneer.models.checkpoint import canonical, native_shapes, native_tensors
+from veneer.models.checkpoint import RENAMED, canonical, native_shapes, native_tensors
 from veneer.models.config import DecoderConfig, Layout
 from veneer.models.dtype import DTYPES, NAMES
 from veneer.models.families import decoder_config, layout
 from veneer.models.packed import pack
 from veneer.models.sources import Source, config_of, files_of, open_source
 
-VERSION = 2  # of what is in a converted folder; a new number leaves older folders alone
+VERSION = 3  # of what is in a converted folder; a new number leaves older folders alone
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,12 @@ def _untied(source: Source) -> dict[str, Any]:
     raw = dict(source.config)
     config = decoder_config(raw)
     where = layout(config)
-    head = f"{where.head_path}.weight"
     stored = source.shapes
-    if not config.tied_head or head not in stored or where.tensors["embed"] not in stored:
+    head = f"{where.head_path}.weight"
+    called = {head, *(old for old, new in RENAMED.get(config.family, {}).items() if new == head)} & set(stored)
+    if not config.tied_head or not called or where.tensors["embed"] not in stored:
         return raw
-    same = torch.equal(source.read(head), source.read(where.tensors["embed"]))
+    same = torch.equal(source.read(min(called)), source.read(where.tensors["embed"]))
     return raw if same else raw | {"tie_word_embeddings": False}
 
 

@@ -110,18 +110,18 @@ def _gemma2(raw: Raw) -> dict[str, Any]:
 
 
 def _gemma3(raw: Raw) -> dict[str, Any]:
-    fields = _gemma(raw, raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)))
+    fields = _gemma(raw, raw.get("sliding_window_pattern", 6))
     nested = raw.get("rope_parameters") or {}
-    far = nested.get("full_attention") or {
+    far = {
         "rope_theta": raw.get("rope_theta", 1e6),
+        **(nested.get("full_attention") or {}),
         **(raw.get("rope_scaling") or {}),
     }
-    near = nested.get("sliding_attention") or {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
+    near = {"rope_theta": raw.get("rope_local_base_freq", 1e4), **(nested.get("sliding_attention") or {})}
     return fields | {
         "rope": read_rope({**raw, "rope_scaling": None, "rope_parameters": far}),
         "local_rope": read_rope({**raw, "rope_scaling": None, "rope_parameters": near}),
         "local_layers": tuple(window is not None for window in fields["windows"]),
-        "attention_softcap": raw.get("attn_logit_softcapping"),
         "logit_softcap": raw.get("final_logit_softcapping"),
     }
 
@@ -215,7 +215,7 @@ FAMILIES["gemma2"] = _like_llama(
     more=_gemma2,
 )
 FAMILIES["gemma3_text"] = _like_llama(
-    **GEMMA,
+    **{**GEMMA, "only": {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)}},
     norms={**GEMMA_NORMS, **QK_NORMS},
     defaults={**GEMMA_DEFAULTS, "max_position_embeddings": 131072},
     fixed={"norm": "rms1", "post_norms": True, "qk_norm": "head"},
@@ -292,6 +292,13 @@ FAMILIES["gpt2"] = Family(
 )
 
 
+ONLY: Mapping[str, tuple[Any, ...]] = {"is_causal": (None, True)}
+"""`Family.only` of every family."""
+
+PARTIAL = ("phi3", "gpt_neox")
+"""Families that turn a part of each head where config.json says so; the others ignore that in transformers."""
+
+
 def decoder_config(hf_config: Raw) -> DecoderConfig:
     """A checkpoint's config.json as a `DecoderConfig`.
 
@@ -329,7 +336,14 @@ def decoder_config(hf_config: Raw) -> DecoderConfig:
     fields.update(family.more(raw))
     if "rope" not in fields:
         fields["rope"] = read_rope(raw)
-    return DecoderConfig(**fields)
+    found = DecoderConfig(**fields)
+    if name not in PARTIAL and found.positions == "rope" and found.rope.dim != found.head_dim:
+        raise Unsupported(
+            f"config.json turns {found.rope.dim} of a head's {found.head_dim} dimensions (partial_rotary_factor), which a "
+            f"{name} model does not do",
+            help=f"take it out of config.json if the model was not made so; else {ATTACH}",
+        )
+    return found
 
 
 def _refuse(name: str, family: Family, raw: Raw) -> None:
@@ -341,7 +355,7 @@ def _refuse(name: str, family: Family, raw: Raw) -> None:
         raise FormatError(f"config.json of a {name} model has no {', '.join(missing)}", help="is the file complete?")
     problems = [
         f"{key} is {raw.get(key)!r}, implemented: {', '.join(map(repr, values))}"
-        for key, values in family.only.items()
+        for key, values in {**ONLY, **family.only}.items()
         if raw.get(key) not in values
     ]
     act = raw.get(family.keys.get("hidden_act", "hidden_act")) or "silu"

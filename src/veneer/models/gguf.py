@@ -7,6 +7,7 @@ it loads cleanly and speaks garbage, which is why the tests compare logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,6 +57,8 @@ KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "layer_norm_eps": "attention.layer_norm_epsilon",
     "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "is_causal": "attention.causal",
     "sliding_window": "attention.sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -125,6 +128,10 @@ class GgufFile:
 
     def _particular(self, found: dict[str, Any]) -> dict[str, Any]:
         """What one family calls differently, or what its files leave out."""
+        given = self._own("attention.scale")
+        usual = found["head_dim"] ** -0.5
+        if given is not None and not self.family.startswith("gemma") and not math.isclose(given, usual, rel_tol=1e-5):
+            raise Unsupported(f"{self._file.path} scales attention by {given}, not by {usual:.6g}", help=ATTACH)
         if self.family == "gpt2":
             dropped = ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "rope_theta")
             return {GPT2_KEYS.get(k, k): v for k, v in found.items() if k not in dropped}
@@ -134,7 +141,13 @@ class GgufFile:
         if self.family in ("gemma2", "gemma3_text"):
             large = UNSCALED_GEMMA.get(found["num_hidden_layers"]) == self.family
             scale = found["hidden_size"] // found["num_attention_heads"] if large else found["head_dim"]
+            scale = scale if given is None else given**-2
             found |= {"query_pre_attn_scalar": scale, "hidden_activation": "gelu_pytorch_tanh"}
+        pattern = self._own("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        elif pattern is not None:
+            found["sliding_window_pattern"] = int(pattern)
         return found
 
     def _rope(self, share: float) -> dict[str, Any]:
@@ -158,8 +171,17 @@ class GgufFile:
                 "attention_factor": self._own("rope.scaling.attn_factor"),
             }
         elif kind not in (None, "none") and factor not in (None, 0.0, 1.0):
-            found["rope_scaling"] = {"rope_type": kind, "factor": factor}
+            found["rope_scaling"] = {"rope_type": kind, "factor": factor, **self._yarn(kind)}
         return found
+
+    def _yarn(self, kind: str) -> dict[str, float]:
+        """What a file says of YaRN beside its factor."""
+        if kind != "yarn":
+            return {}
+        if self._own("rope.scaling.attn_factor", 1.0) != 1.0 or self._own("rope.scaling.yarn_attn_factor", 1.0) != 1.0:
+            raise Unsupported(f"{self._file.path} scales YaRN's attention by a factor of its own", help=ATTACH)
+        betas = {name: self._own(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        return {name: value for name, value in betas.items() if value is not None}
 
     @cached_property
     def _names(self) -> dict[str, str]:

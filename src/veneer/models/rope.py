@@ -65,7 +65,7 @@ class RopeTable:
 def _longest_short(rope: Rope, max_positions: int) -> float:
     """The longest sequence that is turned by the ordinary frequencies."""
     kind = rope.scaling.get("rope_type")
-    if kind == "longrope":
+    if kind == "longrope" and rope.scaling["short_factor"] != rope.scaling["long_factor"]:
         return float(rope.scaling.get("original_max_position_embeddings") or max_positions)
     return float(max_positions) if kind == "dynamic" else math.inf
 

@@ -94,7 +94,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index, else model.safetensors, else all there are."""
+    """The safetensors files of a folder: model.safetensors, else those of the index, else all there are."""
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
     index = path / INDEX
     if index.is_file():
         named = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -102,8 +104,6 @@ def weight_files(path: Path) -> list[Path]:
         if gone or not named:
             raise FormatError(f"{index} names files that are not there:\n{listed(gone)}", help="copy the missing files")
         return [path / name for name in named]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
     files = sorted(path.glob("*.safetensors"))
     if files:
         return files
