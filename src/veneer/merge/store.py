@@ -32,7 +32,7 @@ from veneer.models.base import Base
 from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
 from veneer.models.sources import locate
-from veneer.models.tokenizer_import import TOKENIZER_FILES
+from veneer.models.tokenizer_import import copy_tokenizer
 from veneer.ops.threads import side_by_side
 
 INDEX = "model.safetensors.index.json"
@@ -254,9 +254,7 @@ class BaseStore(Store):
     def copy_words(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(self.config, indent=2), "utf-8")
         if self.base.folder is not None:
-            for name in TOKENIZER_FILES:
-                if (self.base.folder / name).is_file():
-                    shutil.copyfile(self.base.folder / name, folder / name)
+            copy_tokenizer(self.base.folder, folder)
 
 
 def with_extra(shards: Sequence[Shard], extra: Sequence[tuple[str, Entry]]) -> tuple[Shard, ...]:

@@ -19,7 +19,7 @@ from veneer.errors import FormatError, NotFound, Unsupported, listed
 from veneer.models.cache import read_json
 from veneer.models.catalog import CATALOG, find
 from veneer.models.gguf import GgufFile
-from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import
+from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import, tokenizer_files
 from veneer.registry import did_you_mean
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -82,8 +82,8 @@ def files_of(path: Path) -> list[Path]:
     """The files that a base is made from, weights and words, without reading them."""
     if path.is_file():
         return [path]
-    others = [path / "config.json", path / INDEX, *(path / name for name in TOKENIZER_FILES)]
-    return sorted([*weight_files(path), *(file for file in others if file.is_file())])
+    others = [file for file in (path / "config.json", path / INDEX) if file.is_file()]
+    return sorted([*weight_files(path), *others, *tokenizer_files(path)])
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 The surprise: what ends a turn is often not the tokenizer's EOS. `eos_ids` also has the ids of generation_config.json and the
 token that the chat template puts after an assistant's message.
+
+tokenizer.json is taken as it is. transformers 5 makes it anew for some classes (LlamaTokenizer with a Prepend normaliser) and
+then gives other ids after special tokens than transformers 4 did.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from veneer.models.cache import read_json
 from veneer.models.chat import ChatTemplate
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+MORE_TEMPLATES = "additional_chat_templates"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+SPACED = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer")
+"""Classes that put a space before a text where the settings say `add_prefix_space`."""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -64,10 +72,16 @@ class Tokenizer:
             raise FormatError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
         fast.no_truncation()
         fast.no_padding()
-        settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-        _add_stated_tokens(fast, settings)
+        settings = _json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:  # as older folders are; these two are not read where it is there
+            settings |= _json(folder / "special_tokens_map.json")
+            _add_stated_tokens(fast, settings, _json(folder / "added_tokens.json"))
+        else:
+            _add_stated_tokens(fast, settings, None)
+        fast = _as_its_class_does(fast, settings)
         templates = _templates(folder, settings)
         generation = _json(folder / "generation_config.json")
+        generation = generation or {"eos_token_id": _json(folder / "config.json").get("eos_token_id")}
         return Tokenizer(fast, settings, templates.get("default"), generation, templates.get("tool_use"))
 
     def with_template(self, source: str) -> Tokenizer:
@@ -247,24 +261,67 @@ def _content(token: Any) -> str | None:
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: a file of its own, or in the settings; most checkpoints have "default" only."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return {"default": file.read_text("utf-8")}
-    found = _json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    return {} if found is None else {"default": found}
+    """The chat templates by name: files of their own, else in the settings; most checkpoints have "default" only."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    found = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    if found:
+        return found
+    stated = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    if isinstance(stated, list):
+        return {entry["name"]: entry["template"] for entry in stated}
+    return {} if stated is None else {"default": stated}
 
 
-def _add_stated_tokens(fast: FastTokenizer, settings: Mapping[str, Any]) -> None:
-    """Special tokens that stand in the settings and not in tokenizer.json are tokens all the same."""
-    stated = settings.get("added_tokens_decoder") or {}
-    wanted = [AddedToken(**entry) for _, entry in sorted(stated.items(), key=lambda item: int(item[0]))]
-    named = [_content(settings.get(name)) for name in SPECIAL]
-    wanted += [AddedToken(token, special=True, normalized=False) for token in named if token is not None]
-    known = {token.content for token in fast.get_added_tokens_decoder().values()}
+def _add_stated_tokens(fast: FastTokenizer, settings: Mapping[str, Any], older: Mapping[str, int] | None) -> None:
+    """Bring the tokens of tokenizer.json to what the settings state: tokens that it lacks, and other flags.
+
+    older  added_tokens.json, of a folder whose settings have no `added_tokens_decoder`; its tokens have no flags
+    """
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)}
+    named |= extra if isinstance(extra, dict) else {}
+    unnamed = [] if isinstance(extra, dict) else list(extra)
+    present = {token.content: token for token in fast.get_added_tokens_decoder().values()}
+    if older is None:
+        entries = sorted(settings["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        listed = {entry["content"]: AddedToken(**_flags(entry)) for _, entry in entries}
+    else:
+        special = {_content(value) for value in (*named.values(), *unnamed)}
+        order = sorted((index, text) for text, index in older.items() if text not in present)
+        listed = {t: AddedToken(t, normalized=t not in special, special=t in special) for _, t in order} | present
+    wanted = list(listed.values())
+    wanted += [_special(value, listed.get(value) if isinstance(value, str) else None) for value in named.values()]
+    wanted += [_special(value, None) for value in unnamed]
     for token in wanted:
-        if token.content not in known:
-            known.add(token.content)
+        there = present.get(token.content)
+        if there is None or repr(there) != repr(token):
             (fast.add_special_tokens if token.special else fast.add_tokens)([token])
+            present[token.content] = token
+
+
+def _special(stated: str | dict[str, Any], known: AddedToken | None) -> AddedToken:
+    """A token that the settings name as a special one: with the flags stated there, else those it has."""
+    if isinstance(stated, dict):
+        return AddedToken(**{**_flags(stated), "special": True})
+    if known is None:
+        return AddedToken(stated, special=True, normalized=False)
+    flags = {name: getattr(known, name) for name in FLAGS}
+    return AddedToken(stated, **{**flags, "special": True})
+
+
+def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name in ("content", *FLAGS)}
+
+
+def _as_its_class_does(fast: FastTokenizer, settings: Mapping[str, Any]) -> FastTokenizer:
+    """What transformers' class of this tokenizer does by its settings, whatever tokenizer.json says."""
+    fast.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    if not settings.get("add_prefix_space") or settings.get("tokenizer_class", "").removesuffix("Fast") not in SPACED:
+        return fast
+    whole = json.loads(fast.to_str())
+    cutter = whole.get("pre_tokenizer") or {}
+    for part in cutter.get("pretokenizers", [cutter]):
+        if part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = True
+    return FastTokenizer.from_str(json.dumps(whole))

@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.errors import Unsupported
 from veneer.models.pre_tokenizer import Cut, cut_as
+from veneer.models.tokenizer import MORE_TEMPLATES
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,19 +23,32 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
 )
+"""Names and patterns of names below a checkpoint's folder."""
 SOURCES = ("tokenizer.model", "vocab.json")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that say how text becomes tokens."""
+    return [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The same files in another folder."""
+    for file in tokenizer_files(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def copy_or_import(source: Path, folder: Path) -> None:
     """The tokenizer files of a checkpoint folder; nothing where it has none."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(source, folder)
     if not (folder / "tokenizer.json").exists() and any((source / name).is_file() for name in SOURCES):
         from transformers import AutoTokenizer
 
