@@ -15,7 +15,6 @@ one thread that steps.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +38,7 @@ from veneer.engine.scheduler import Limits, Scheduler, Seq, StepReport
 from veneer.engine.slots import State
 from veneer.engine.source import AdapterSource, Recipe
 from veneer.engine.text import TextStream
-from veneer.errors import Busy, ConfigError, Conflict, FormatError, Unsupported, VeneerError
+from veneer.errors import Busy, Conflict, FormatError, Unsupported, VeneerError
 from veneer.models.base import Base
 
 
@@ -190,7 +189,7 @@ class Engine:
         id = asked.id if asked.id is not None else f"request-{next(self._numbers)}"
         if id in self._requests:
             raise Conflict(f"a request called '{id}' is in flight")
-        limit = self._limit(ticket)
+        limit = ticket.most(self.limits.answer, self.base.config.max_positions)
         self.book.check(capacity(len(ticket.tokens) + (ticket.limit or 1) - 1))
         now = self._clock()
         leader: Seq | None = None
@@ -339,19 +338,6 @@ class Engine:
             mine.add(self.submit(held.popleft()))
         mine &= self._requests.keys()
         return bool(mine or held)
-
-    def _limit(self, ticket: Ticket) -> int:
-        """Most tokens of the answer; one without a limit of its own is cut to the room there is."""
-        if ticket.limit is not None:
-            return ticket.limit
-        asked = ticket.request
-        limit = min(self.limits.answer, self.base.config.max_positions - len(ticket.tokens), asked.up_to or math.inf)
-        if asked.min_tokens > limit:
-            raise ConfigError(
-                f"min_tokens is {asked.min_tokens:,} and this answer may have {limit:,} tokens",
-                help="ask for fewer, or name a max_tokens",
-            )
-        return int(limit)
 
     def _answer(self, id: str, ticket: Ticket, choice: int, limit: int, leader: Seq | None, now: float) -> Answer:
         asked = ticket.request

@@ -33,6 +33,19 @@ class Ticket:
     matcher: Matcher | None
     ending: frozenset[int]
 
+    def most(self, answer: int, context: int) -> int:
+        """Most tokens of the answer; one without a limit of its own is cut to `answer` tokens and to the room there is."""
+        if self.limit is not None:
+            return self.limit
+        asked = self.request
+        limit = min(answer, context - len(self.tokens), answer if asked.up_to is None else asked.up_to)
+        if asked.min_tokens > limit:
+            raise ConfigError(
+                f"min_tokens is {asked.min_tokens:,} and this answer may have {limit:,} tokens",
+                help="ask for fewer, or name a max_tokens",
+            )
+        return limit
+
 
 class Intake:
     """Reads requests for one base. Safe to use from several threads."""
