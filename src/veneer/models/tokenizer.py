@@ -3,8 +3,8 @@
 The surprise: what ends a turn is often not the tokenizer's EOS. `eos_ids` also has the ids of generation_config.json and the
 token that the chat template puts after an assistant's message.
 
-tokenizer.json is taken as it is. transformers 5 makes it anew for some classes (LlamaTokenizer with a Prepend normaliser) and
-then gives other ids after special tokens than transformers 4 did.
+tokenizer.json is taken as it is. transformers 5 makes it anew for some classes (LlamaTokenizer with a Prepend normaliser), so
+its ids may differ there after special tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import Sequence as Steps
 
 from veneer.errors import DataError, FormatError, Unsupported
 from veneer.models.cache import read_json
@@ -27,9 +29,8 @@ from veneer.models.chat import ChatTemplate
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 MORE_TEMPLATES = "additional_chat_templates"
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-SPACED = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer")
-"""Classes that put a space before a text where the settings say `add_prefix_space`."""
+SPACED = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer", "CohereTokenizer")
+"""Classes of transformers in which `add_prefix_space` of the settings decides, and not tokenizer.json."""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -73,12 +74,18 @@ class Tokenizer:
         fast.no_truncation()
         fast.no_padding()
         settings = _json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in settings:  # as older folders are; these two are not read where it is there
+        older = "added_tokens_decoder" not in settings
+        if older:
             settings |= _json(folder / "special_tokens_map.json")
-            _add_stated_tokens(fast, settings, _json(folder / "added_tokens.json"))
-        else:
-            _add_stated_tokens(fast, settings, None)
-        fast = _as_its_class_does(fast, settings)
+        try:
+            added = _json(folder / "added_tokens.json") if older else None
+            tokens = _stated_tokens(settings, added, fast.get_added_tokens_decoder())
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise FormatError(
+                f"a token that is stated beside {folder / 'tokenizer.json'} cannot be read: {error!r}",
+                help="in tokenizer_config.json a token is a text, or an object with `content` and flags like `lstrip`",
+            ) from error
+        _bring(fast, settings, tokens)
         templates = _templates(folder, settings)
         generation = _json(folder / "generation_config.json")
         generation = generation or {"eos_token_id": _json(folder / "config.json").get("eos_token_id")}
@@ -115,8 +122,9 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides which tokens a text becomes."""
-        decisive = json.dumps([self._fast.to_str(), self.template, self.special_tokens], sort_keys=True)
-        return hashlib.sha256(decisive.encode()).hexdigest()
+        decisive: list[Any] = [self._fast.to_str(), self.template, self.special_tokens]
+        decisive += [rare for rare in (self._tool_template, self._fast.encode_special_tokens) if rare]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`."""
@@ -178,8 +186,8 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token, ... as text, those that are set."""
-        found = {name: _content(self._settings.get(name)) for name in SPECIAL}
+        """bos_token, eos_token, ... as text, those that are set, and what else the checkpoint names (image_token)."""
+        found = {name: _content(stated) for name, stated in _named(self._settings).items()}
         return {name: token for name, token in found.items() if token is not None}
 
     def _special_id(self, name: str) -> int | None:
@@ -245,9 +253,8 @@ class Tokenizer:
         **variables: Any,
     ) -> str:
         """The conversation as text, by the checkpoint's template. Further `variables` are handed to the template."""
-        chat = self._chat
-        if tools and self._tool_template is not None:
-            chat = ChatTemplate(self._tool_template, self.special_tokens)
+        template = None if tools is None else self._tool_template
+        chat = self._chat if template is None else ChatTemplate(template, self.special_tokens)
         return chat.render(messages, tools, add_generation_prompt, variables)
 
 
@@ -273,55 +280,58 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return {} if stated is None else {"default": stated}
 
 
-def _add_stated_tokens(fast: FastTokenizer, settings: Mapping[str, Any], older: Mapping[str, int] | None) -> None:
-    """Bring the tokens of tokenizer.json to what the settings state: tokens that it lacks, and other flags.
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens with a name, as stated (text or object): bos_token, eos_token, ..., then those of the checkpoint's own."""
+    extra = settings.get("extra_special_tokens")
+    stated = dict.fromkeys(SPECIAL) | {name: value for name, value in settings.items() if name.endswith("_token")}
+    stated |= extra if isinstance(extra, dict) else {}
+    return {name: value for name, value in stated.items() if isinstance(value, str | dict)}
 
-    older  added_tokens.json, of a folder whose settings have no `added_tokens_decoder`; its tokens have no flags
+
+def _stated_tokens(
+    settings: Mapping[str, Any], older: Mapping[str, int] | None, present: Mapping[int, AddedToken]
+) -> list[AddedToken]:
+    """Every token that the folder states, with its flags. New ones get the next ids in this order.
+
+    Where a list has a token, its flags count; one that is only named (`eos_token`, `additional_special_tokens`) comes after.
+
+    older    added_tokens.json, where the settings have no `added_tokens_decoder`; then `present` is such a list as well
+    present  the tokens of tokenizer.json
     """
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    named = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)}
-    named |= extra if isinstance(extra, dict) else {}
-    unnamed = [] if isinstance(extra, dict) else list(extra)
-    present = {token.content: token for token in fast.get_added_tokens_decoder().values()}
+    extra = settings.get("extra_special_tokens")
+    extra = extra if extra and isinstance(extra, list) else settings.get("additional_special_tokens") or []
+    named, more = [_token(stated) for stated in _named(settings).values()], [_token(stated) for stated in extra]
     if older is None:
-        entries = sorted(settings["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        listed = {entry["content"]: AddedToken(**_flags(entry)) for _, entry in entries}
+        entries = settings["added_tokens_decoder"] or {}
+        listed = {int(index): _token(entry, special=False) for index, entry in entries.items()}
     else:
-        special = {_content(value) for value in (*named.values(), *unnamed)}
-        order = sorted((index, text) for text, index in older.items() if text not in present)
-        listed = {t: AddedToken(t, normalized=t not in special, special=t in special) for _, t in order} | present
-    wanted = list(listed.values())
-    wanted += [_special(value, listed.get(value) if isinstance(value, str) else None) for value in named.values()]
-    wanted += [_special(value, None) for value in unnamed]
-    for token in wanted:
-        there = present.get(token.content)
-        if there is None or repr(there) != repr(token):
-            (fast.add_special_tokens if token.special else fast.add_tokens)([token])
-            present[token.content] = token
+        special = {token.content for token in (*named, *more)}
+        listed = {index: _token(text, special=text in special) for text, index in older.items()} | {**present}
+    tokens = [listed[index] for index in sorted(listed)]
+    known = {token.content for token in (*tokens, *present.values())}
+    tokens += [token for token in dict.fromkeys((*named, *more)) if token.content not in known]
+    names = {token.content for token in named}
+    for token in tokens:
+        token.special = token.special or token.content in names
+    return tokens
 
 
-def _special(stated: str | dict[str, Any], known: AddedToken | None) -> AddedToken:
-    """A token that the settings name as a special one: with the flags stated there, else those it has."""
-    if isinstance(stated, dict):
-        return AddedToken(**{**_flags(stated), "special": True})
-    if known is None:
-        return AddedToken(stated, special=True, normalized=False)
-    flags = {name: getattr(known, name) for name in FLAGS}
-    return AddedToken(stated, **{**flags, "special": True})
+def _token(stated: str | Mapping[str, Any], special: bool = True) -> AddedToken:
+    """A token as it is stated: its text, or an object with `content` and flags. `special` where the object does not say it."""
+    flags = {"content": stated} if isinstance(stated, str) else {**stated}
+    flags.pop("__type", None)
+    return AddedToken(flags.pop("content"), **{"special": special, **flags})
 
 
-def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name in ("content", *FLAGS)}
-
-
-def _as_its_class_does(fast: FastTokenizer, settings: Mapping[str, Any]) -> FastTokenizer:
-    """What transformers' class of this tokenizer does by its settings, whatever tokenizer.json says."""
+def _bring(fast: FastTokenizer, settings: Mapping[str, Any], tokens: Sequence[AddedToken]) -> None:
+    """Bring tokenizer.json to what the folder states: `tokens`, whether special ones are split, the space before a text."""
+    fast.add_tokens(list(tokens))  # those that it has get the flags stated
     fast.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    if not settings.get("add_prefix_space") or settings.get("tokenizer_class", "").removesuffix("Fast") not in SPACED:
-        return fast
-    whole = json.loads(fast.to_str())
-    cutter = whole.get("pre_tokenizer") or {}
-    for part in cutter.get("pretokenizers", [cutter]):
-        if part.get("type") == "ByteLevel":
-            part["add_prefix_space"] = True
-    return FastTokenizer.from_str(json.dumps(whole))
+    spaced, kind = settings.get("add_prefix_space"), settings.get("tokenizer_class") or ""
+    if isinstance(spaced, bool) and kind.removesuffix("Fast") in SPACED:
+        steps: Any = fast.pre_tokenizer
+        if not isinstance(steps, Steps):
+            steps = [steps]
+        for step in steps:
+            if isinstance(step, ByteLevel):
+                step.add_prefix_space = spaced
