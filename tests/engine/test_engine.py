@@ -312,6 +312,16 @@ def test_a_constraint_that_leaves_nothing_but_the_end_ends_the_answer(
     assert beside.usage.completion == 30
 
 
+def fails_alone(running: Engine, request: Request, beside: int) -> str:
+    """The error of a request, beside which another one gets all its tokens."""
+    events = list(running.generate([Request("hello", id="beside", max_tokens=beside, ignore_eos=True), request]))
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    assert (failed.id, finished.id, finished.usage.completion) == (request.id, "beside", beside)
+    assert not running.busy
+    return str(failed.error)
+
+
 def test_a_grammar_that_is_too_much_work_to_follow_fails_alone() -> None:
     """llguidance gives up where a place of the text can be read in thousands of ways."""
     from veneer.engine import Constraint
@@ -325,12 +335,7 @@ def test_a_grammar_that_is_too_much_work_to_follow_fails_alone() -> None:
         max_tokens=400,
         sampling=Sampling(logit_bias={running.base.require_tokenizer().encode("a")[0]: 100.0}),
     )
-    events = list(running.generate([Request("hello", id="beside", max_tokens=300, ignore_eos=True), hard]))
-    (failed,) = (event for event in events if isinstance(event, Failed))
-    assert failed.id == "hard" and "can't be followed any further: Parser Error" in str(failed.error)
-    (finished,) = (event for event in events if isinstance(event, Finished))
-    assert finished.id == "beside" and finished.usage.completion == 300
-    assert not running.busy
+    assert "can't be followed any further: Parser Error" in fails_alone(running, hard, beside=300)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -341,12 +346,7 @@ def test_a_request_that_no_token_may_continue_fails_alone(temperature: float, mo
     monkeypatch.setattr(Matcher, "allowed", lambda self, size: np.zeros(size, np.bool_))
     running = engine(with_tokenizer(small_base()))
     stuck = Request("x", id="stuck", constraint=Constraint("regex", "abc"), sampling=Sampling(temperature, seed=1))
-    events = list(running.generate([Request("hello", id="beside", max_tokens=9, ignore_eos=True), stuck]))
-    (failed,) = (event for event in events if isinstance(event, Failed))
-    assert failed.id == "stuck" and "leave no token" in str(failed.error)
-    (finished,) = (event for event in events if isinstance(event, Finished))
-    assert finished.id == "beside" and finished.usage.completion == 9
-    assert not running.busy
+    assert "leave no token" in fails_alone(running, stuck, beside=9)
 
 
 # -- identity, lifecycle, faults ---------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class EngineLoop:
         """A defect in a command must not end the thread."""
         try:
             command()
-        except Exception:
+        except Exception:  # the log has it, and the next command finds a working thread
             log.exception("a command to the engine failed")
 
     def _waits_for_a_load(self) -> bool:
