@@ -415,6 +415,25 @@ def test_an_unload_with_a_deadline_ends_the_answers_that_outlast_it() -> None:
     assert tokens(running, [Request(ids(0, 9), adapter="a", max_tokens=5)])[0], "it is loaded again"
 
 
+def test_a_sum_leaves_with_an_adapter_it_holds() -> None:
+    now = [0.0]
+    base = small_base()
+    running = engine(base, clock=lambda: now[0])
+    old = lora(base, 1)
+    running.add("a", old)
+    running.add("b", lora(base, 2))
+    running.submit(Request(ids(0, 9), adapter=[Use("a", 0.5), "b"], max_tokens=50, id="sum"))
+    while not running.scheduler.running:
+        running.step()
+        running.wait(1.0)
+    running.unload(old.digest, deadline=5.0)
+    (key,) = (slot.key for slot in running.residency.slots.holding(old.digest) if slot.parts)
+    assert running.residency.slots.states()[key] == "draining"
+    now[0] = 5.0
+    assert [e.id for e in running.step() if isinstance(e, Failed)] == ["sum"]
+    assert running.residency.slots.states()[key] == "available"
+
+
 def _drain(running: Engine) -> list[Any]:
     events = []
     while running.busy:

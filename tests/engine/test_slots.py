@@ -211,12 +211,30 @@ def test_what_is_spared_is_not_evicted() -> None:
 def test_sums_out_of_memory_are_forgotten_when_there_are_many() -> None:
     slots: Slots[str] = Slots(10)
     slots.know("adapter", 1)
-    slots.know("in memory", 1, passing=True)
+    slots.know("in memory", 1, {"a part"})
     slots.want("in memory", 0)
     slots.loaded("in memory", "A", 1, 0)
     for number in range(1000):
-        slots.know(f"{number}", 100 if number % 2 else 1, passing=True)
+        slots.know(f"{number}", 100 if number % 2 else 1, {"a part"})
         if number % 2:
             assert slots.want(f"{number}", number) == "failed"
     assert len(slots.states()) == 3 + PASSING and {"adapter", "in memory", "999"} <= slots.states().keys()
-    assert slots.know("0", 1, passing=True).state == "available"
+    assert slots.know("0", 1, {"a part"}).state == "available"
+
+
+def test_sums_leave_with_an_adapter_they_hold() -> None:
+    slots: Slots[str] = Slots(10)
+    for key, parts in (("a", ()), ("b", ()), ("a+b", ("a", "b")), ("2*b", ("b",))):
+        slots.know(key, 2, parts)
+        slots.want(key, 0.0)
+        if key != "2*b":
+            slots.loaded(key, key, 2, 0.0)
+    slots.acquire("a+b", 1.0)
+    with pytest.raises(Conflict):
+        slots.drain("b")
+    assert slots.drain("a") == 2, "the sum is in use"
+    assert slots.states() == {"a": "available", "b": "resident", "a+b": "draining", "2*b": "loading"}
+    slots.release("a+b", 2.0)
+    slots.loaded("2*b", "2*b", 2, 2.0)
+    assert slots.states()["a+b"] == "available"
+    assert slots.drain("b") == 4 and slots.charged == 0

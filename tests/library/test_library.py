@@ -247,6 +247,12 @@ def test_route_splits_by_weight() -> None:
     assert route(aliases[1:], 0.0) is None
 
 
+def test_no_adapter_takes_the_name_of_the_base(library: Library) -> None:
+    with pytest.raises(ConfigError, match="another name"):
+        library.add(make(), "base")
+    library.add(make(), "bases")
+
+
 def test_a_bare_name_is_no_version_to_promote(library: Library) -> None:
     library.add(make(), "tickets")
     with pytest.raises(ConfigError, match="which version"):

@@ -138,7 +138,7 @@ class Engine:
         return state
 
     def unload(self, digest: str, *, deadline: float | None = None) -> int:
-        """Free an adapter's memory once nobody uses it; bytes freed at once. Its name stays known.
+        """Free an adapter, and sums that hold it, once nobody uses them; bytes freed at once. Its name stays known.
 
         Answers that still use it after `deadline` seconds fail; without one they have all the time they need.
         """
@@ -399,8 +399,8 @@ class Engine:
             return []
         for digest in gone:
             del self._deadlines[digest]
-        states = self.residency.slots.states()
-        gone = {digest for digest in gone if states.get(digest) == "draining"}  # not one that came back meanwhile
+        held = (slot for digest in gone for slot in self.residency.slots.holding(digest))
+        gone = {slot.key for slot in held if slot.state == "draining"}  # not one that came back meanwhile
         left = [a for a in self._answers.values() if a.holds and a.seq.adapter in gone]
         error = Conflict(
             "the adapter was unloaded before this answer was finished", help="ask again: it is loaded anew"

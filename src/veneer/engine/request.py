@@ -117,8 +117,8 @@ class Request:
             yield f"n must lie between 1 and 128, got {self.n}"
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             yield f"logprobs must lie between 0 and 20, got {self.logprobs}"
-        if "" in self.stop:
-            yield "a stop string must not be empty"
+        if "" in self.stop:  # so is it in any string, which would stop at each of its letters
+            yield f"stop takes several strings, none of them empty, got {self.stop!r}"
         if self.timeout is not None and not self.timeout > 0:
             yield f"timeout must be above 0 seconds, got {self.timeout}"
         for use in self.uses:

@@ -61,7 +61,7 @@ class Residency:
 
     def want(self, recipe: Recipe, now: float, sparing: Container[str] = ()) -> State:
         """The state of a recipe's slot; the load is started by the call that asks first. Nothing of `sparing` goes for it."""
-        before = self.slots.know(recipe.key, recipe.bytes, passing=recipe.is_sum).state
+        before = self.slots.know(recipe.key, recipe.bytes, recipe.summed).state
         state = self.slots.want(recipe.key, now, sparing)
         if state == "loading" and before != "loading":
             self._loader.start(recipe.key, lambda: self._load(recipe), self.on_loaded)
@@ -82,8 +82,8 @@ class Residency:
         return payload
 
     def unload(self, digest: str) -> int:
-        """Free an adapter once nobody uses it; bytes freed at once."""
-        return self.slots.drain(digest) if digest in self.slots.states() else 0
+        """Free an adapter, and sums that hold it, once nobody uses them; bytes freed at once."""
+        return self.slots.drain(digest)
 
     @property
     def loading(self) -> int:

@@ -14,7 +14,7 @@ key, and the old one stays until its last sequence has ended.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
 
@@ -31,7 +31,7 @@ _IN_MEMORY: frozenset[State] = frozenset({"loading", "resident", "draining"})
 
 @dataclass
 class Slot(Generic[P]):
-    """One adapter, or a sum of some (`passing`). `payload` is its packed form while it is resident or draining."""
+    """One adapter, or a sum of those in `parts`. `payload` is its packed form while it is resident or draining."""
 
     key: str
     bytes: int
@@ -43,7 +43,7 @@ class Slot(Generic[P]):
     reason: str = ""
     failures: int = 0
     retry_at: float = 0.0
-    passing: bool = False
+    parts: Collection[str] = ()
 
 
 @dataclass
@@ -84,15 +84,19 @@ class Slots(Generic[P]):
             raise NotFound(f"no adapter with digest {key[:12]} is known here")
         return self._slots[key]
 
-    def know(self, key: str, bytes: int, *, passing: bool = False) -> Slot[P]:
+    def know(self, key: str, bytes: int, parts: Collection[str] = ()) -> Slot[P]:
         """Make `key` known; `bytes` is what it will take in memory, as far as one can tell before loading."""
         if key not in self._slots:
-            if passing:
-                out = [k for k, s in self._slots.items() if s.passing and s.state in ("available", "failed")]
+            if parts:
+                out = [k for k, s in self._slots.items() if s.parts and s.state in ("available", "failed")]
                 for old in out[:-PASSING]:
                     del self._slots[old]
-            self._slots[key] = Slot(key, bytes, passing=passing)
+            self._slots[key] = Slot(key, bytes, parts=parts)
         return self._slots[key]
+
+    def holding(self, key: str) -> list[Slot[P]]:
+        """Those that an adapter is in: its own and the sums it is a part of."""
+        return [slot for slot in self._slots.values() if key == slot.key or key in slot.parts]
 
     def want(self, key: str, now: float, sparing: Container[str] = ()) -> State:
         """Ask for `key`. Where there is room it goes from available (or failed long ago) to loading: the caller starts the load.
@@ -162,17 +166,18 @@ class Slots(Generic[P]):
         self.slot(key).pinned = pinned
 
     def drain(self, key: str) -> int:
-        """Let no new sequence in and free the adapter once unused. The bytes that were freed at once."""
-        slot = self.slot(key)
-        if slot.state == "loading":
+        """Let no new sequence in and free the adapter, and sums that hold it, once unused. The bytes that were freed at once."""
+        slots = self.holding(key)
+        if any(slot.state == "loading" for slot in slots):
             raise Conflict("the adapter is being loaded; unload it when that is done")
-        slot.pinned = False
-        if slot.state != "resident":
-            return 0
-        if slot.uses:
-            slot.state = "draining"
-            return 0
-        return self._free(slot)
+        freed = 0
+        for slot in slots:
+            slot.pinned = False
+            if slot.state == "resident" and slot.uses:
+                slot.state = "draining"
+            elif slot.state == "resident":
+                freed += self._free(slot)
+        return freed
 
     def forget(self, key: str) -> None:
         """Drop the record of an adapter that is not in memory."""

@@ -110,9 +110,9 @@ class Recipe:
         return next(iter(brought.values()), None)
 
     @property
-    def is_sum(self) -> bool:
-        """Anything but one adapter as it is."""
-        return any(self.key != found.digest for found, _ in self.parts)
+    def summed(self) -> frozenset[str]:
+        """Digests of what is weighted or summed; none for one adapter as it is."""
+        return frozenset(found.digest for found, _ in self.parts) - {self.key}
 
     @property
     def bytes(self) -> int:

@@ -32,7 +32,7 @@ from veneer.library.gate import Demand, check_metrics
 from veneer.library.manifest import FileRecord, Manifest, Measured, seal, unseal
 from veneer.library.place import find_place
 from veneer.library.records import Added, Alias, Collected, File, Move, Rebuilt, Record, Removed, Verified, Version
-from veneer.library.resolve import Reference, check_name, parse_reference
+from veneer.library.resolve import Reference, check_name, check_new_name, parse_reference
 from veneer.library.source import Loralib, Staged, recognise, stage, written
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Library:
         the metrics are recorded for it, and `notes` says what else was given and isn't kept. With another chat template it is
         another version.
         """
-        check_name(name)
+        check_new_name(name)
         measured = check_metrics(metrics or {})
         ancestors = [parse_reference(parent) for parent in parents]
         with self._place.blobs.staging() as folder:

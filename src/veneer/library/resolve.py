@@ -18,6 +18,8 @@ ALIAS = re.compile(r"[a-z](?:[a-z0-9_-]{0,30}[a-z0-9])?")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 DEFAULT = "production"
 """The alias that a bare name means; without it, the newest version."""
+BASE = "base"
+"""What keys, logs and metrics call the base without an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,13 @@ def check_name(name: str) -> str:
             "starting and ending with a letter or digit",
             help=_suggest(name),
         )
+    return name
+
+
+def check_new_name(name: str) -> str:
+    """`name` if an adapter may be called so, else ConfigError."""
+    if check_name(name) == BASE:
+        raise ConfigError(f"'{BASE}' means the base without an adapter", help="give the adapter another name")
     return name
 
 

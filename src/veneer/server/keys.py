@@ -31,9 +31,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import Busy, ConfigError, Denied, complaint, listed
+from veneer.library.resolve import BASE
 
 Action: TypeAlias = Literal["read", "load", "alias"]
-BASE = "base"
 
 
 class Key(BaseModel):
