@@ -82,7 +82,7 @@ class Provenance:
 
     base           identity of the base: SHA-256 over its weights rounded to bf16
     base_name      what the trainer called it
-    base_samples   target -> sampled values of the frozen weight, to recognise the same weights in another precision
+    base_samples   target -> sampled values of the frozen weight, to recognise the same weights in another precision; kept in fp32
     trained_on     dtype and quantisation of the base during training
     data           SHA-256 of the training rows
     parents        digests of the adapters this one was made from

@@ -33,7 +33,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 def adapter() -> Adapter:
     made = stirred(fresh(method("lora", targets=["q_proj", "v_proj"]), world()))
     origin = Provenance(
-        base="ab" * 32, base_name="tiny", base_samples={"x": (1.0, 0.1)}, data="cd", parents=("e",), extra={"k": [1]}
+        base="ab" * 32, base_name="tiny", base_samples={"x": (1.0, 0.125)}, data="cd", parents=("e",), extra={"k": [1]}
     )
     return replace(made, provenance=origin)
 
@@ -59,6 +59,29 @@ def test_everything_comes_back(adapter: Adapter, saved: Path) -> None:
     assert again.provenance == adapter.provenance
     assert again.spec == adapter.spec
     assert again.digest == adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ([1.0, 0.1], (1.0, 0.1)),
+        ("AACAPwAAAD4=", (1.0, 0.125)),
+        ("", ()),
+        ("AACAPwAA", None),
+        ("1.0, 0.1", None),
+        (1, None),
+    ],
+)
+def test_samples_of_the_base_are_packed_numbers_or_a_list(
+    saved: Path, written: Any, read: tuple[float, ...] | None
+) -> None:
+    told = json.loads((saved / OURS).read_text())["provenance"]
+    edit_json(saved / OURS, provenance={**told, "base_samples": {"x": written}})
+    if read is not None:
+        assert Adapter.load(saved).provenance.base_samples == {"x": read}
+        return
+    with pytest.raises(FormatError, match="base_samples"):
+        Adapter.load(saved)
 
 
 def test_all_that_is_wrong_is_in_one_error(saved: Path) -> None:

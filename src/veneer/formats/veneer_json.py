@@ -8,12 +8,24 @@ The surprise: the digest is checked at load, so a folder whose parts were edited
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from veneer.adapter import Adapter, Part, Probe, Provenance
 from veneer.errors import ConfigError, FormatError, VeneerError, complaint, listed
@@ -53,6 +65,23 @@ class ProbeRecord(BaseModel):
         return self
 
 
+def _written(values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _read(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text  # a list: how they were written at first
+    packed = base64.b64decode(text, validate=True)
+    if len(packed) % 4:
+        raise ValueError("expected fp32 numbers in base64")
+    return struct.unpack(f"<{len(packed) // 4}f", packed)
+
+
+Samples: TypeAlias = Annotated[tuple[float, ...], BeforeValidator(_read), PlainSerializer(_written)]
+"""Some dozen numbers of each target: fp32, little end first, in base64. As decimals they took longer to read than the tensors."""
+
+
 class ProvenanceRecord(BaseModel):
     """`Provenance` as JSON."""
 
@@ -60,7 +89,7 @@ class ProvenanceRecord(BaseModel):
 
     base: str | None = None
     base_name: str | None = None
-    base_samples: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    base_samples: dict[str, Samples] = Field(default_factory=dict)
     trained_on: str | None = None
     data: str | None = None
     parents: tuple[str, ...] = ()
