@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 import veneer as vn
 from veneer.adapter import Adapter
 from veneer.base.quantized import QuantizedFrozen
+from veneer.diagnose import probed
 from veneer.engine import Engine, Limits, Request, Sampling
 from veneer.library import Library
 from veneer.server.run import settle_collector
@@ -195,12 +196,20 @@ class Stock:
         return Engine(base, source=Shelf(self.library), limits=Limits(streams=streams), adapter_bytes=budget)
 
 
+def _as_saved_by_a_run(adapter: Adapter, base: Any) -> Adapter:
+    """With what it said, and what it was trained on: looked at when it is loaded."""
+    samples = {target: base.samples(target) for target in adapter.targets}
+    return probed(
+        replace(adapter, provenance=replace(adapter.provenance, base_samples=samples, trained_on=base.precision)), base
+    )
+
+
 @contextmanager
 def stocked(base: Any, count: int, rank: int) -> Iterator[Stock]:
     with tempfile.TemporaryDirectory() as folder:
         library, adapters = Library(Path(folder) / "library"), Adapters(base, rank)
         for i in range(count):
-            library.add(adapters[i], f"n{i}")
+            library.add(_as_saved_by_a_run(adapters[i], base), f"n{i}")
         stock = Stock(library, library.resolve("n0").bytes, 0)
         probe = Engine(base)
         stock.resident = probe.residency.payload(probe.add("probe", adapters[0])).bytes

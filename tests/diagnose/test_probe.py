@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,40 @@ def test_a_loaded_adapter_that_says_something_else_fails_alone() -> None:
     with pytest.raises(FormatError, match="does not say"):
         running.complete([Request(ids(0, 6), adapter="bad", max_tokens=4)])
     running.close()
+
+
+@pytest.mark.parametrize(("trained_on", "asked"), [("bfloat16", 1), ("bfloat16, nf4", 3), (None, 3)])
+def test_on_the_precision_it_was_trained_on_one_of_a_form_speaks_for_all(
+    trained_on: str | None, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.engine import residency
+    from veneer.engine.source import Found
+
+    base = small_base(dtype=torch.bfloat16)
+    plain = [lora(base, seed) for seed in range(4)]
+    told = [replace(a, provenance=replace(a.provenance, trained_on=trained_on)) for a in plain]
+    # the first has kept nothing that it said, so it speaks for none
+    adapters = dict(enumerate([told[0], *(probed(a, base) for a in told[1:])]))
+
+    class Source:
+        def resolve(self, name: str) -> Found:
+            adapter = adapters[int(name)]
+            return Found(name, adapter.digest, 1000, lambda: adapter)
+
+    calls = []
+
+    def counted(adapter: Adapter, *rest: Any) -> bool:
+        calls.append(adapter.digest)
+        return check_probe(adapter, *rest)
+
+    monkeypatch.setattr(residency, "check_probe", counted)
+    running = engine(base, source=Source())
+    for _ in range(2):
+        for name in adapters:
+            running.complete([Request(ids(0, 6), adapter=str(name), max_tokens=2)])
+            running.unload(adapters[name].digest)
+    running.close()
+    assert len(calls) == 1 + asked
 
 
 def test_what_is_made_from_an_adapter_is_not_held_to_its_words() -> None:

@@ -68,8 +68,8 @@ def drift(adapter: Adapter, base: Base, bank: Bank | None = None) -> float | Non
     return max(0.0, moved - NOISE) / max(float(then.norm()), NOISE)
 
 
-def check_probe(adapter: Adapter, base: Base, bank: Bank | None = None) -> None:
-    """Refuse an adapter that says something else than when it was saved."""
+def check_probe(adapter: Adapter, base: Base, bank: Bank | None = None) -> bool:
+    """Refuse an adapter that says something else than when it was saved. False where it keeps nothing that it said."""
     moved = drift(adapter, base, bank)
     if moved is not None and not moved <= FAR:
         raise FormatError(
@@ -77,6 +77,7 @@ def check_probe(adapter: Adapter, base: Base, bank: Bank | None = None) -> None:
             f"by {moved:.0%} of itself",
             help="`veneer doctor --base BASE ADAPTER` repeats this; try the base in 16 bits, or VENEER_NATIVE=0",
         )
+    return moved is not None
 
 
 def probe_findings(adapter: Adapter, base: Base) -> list[Finding]:

@@ -6,17 +6,18 @@ Everything but `resolve` belongs to the thread that steps. A loaded adapter beco
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Hashable
 
 from veneer.adapter import Adapter
 from veneer.base.identity import compare
 from veneer.diagnose import check_probe
 from veneer.engine.batch import Resident, prepare
 from veneer.engine.loader import Loader
-from veneer.engine.mould import Moulds
+from veneer.engine.mould import MOST, Moulds
 from veneer.engine.slots import Slots, State
 from veneer.engine.source import AdapterSource, Found, Local, Recipe
 from veneer.models.base import Base
+from veneer.registry import Latest
 
 
 class Residency:
@@ -36,7 +37,8 @@ class Residency:
         self._base, self._source = base, source
         self._loader: Loader[Resident] = Loader()
         self._moulds = Moulds(base)
-        self._proven: set[str] = set()
+        self._asked: set[str] = set()
+        self._sound: Latest[Hashable, None] = Latest(MOST)
 
     def resolve(self, name: str) -> Found:
         """What an adapter name stands for now, or NotFound. Safe on any thread."""
@@ -107,7 +109,21 @@ class Residency:
     def _load_one(self, found: Found) -> Resident:
         adapter = found.load()
         resident = self._moulds.prepared(adapter, allow=found.allow)
-        if found.allow is None and adapter.digest not in self._proven:
-            check_probe(adapter, self._base, resident.bank)
-            self._proven.add(adapter.digest)  # what is read again is the same adapter on the same base
+        if found.allow is None:
+            self._ask(adapter, resident)
         return resident
+
+    def _ask(self, adapter: Adapter, resident: Resident) -> None:
+        """Refuse an adapter that says something else than when it was saved.
+
+        It takes longer than the load, so it is done once. On the precision that an adapter was trained on, what can be wrong is
+        what its form decides, scales and kernels: there one of a form speaks for all. On another one each is asked.
+        """
+        is_its_own = adapter.provenance.trained_on == self._base.precision
+        if adapter.digest in self._asked or (is_its_own and adapter.form in self._sound):
+            return
+        told = check_probe(adapter, self._base, resident.bank)
+        if told and is_its_own:
+            self._sound[adapter.form] = None
+        else:
+            self._asked.add(adapter.digest)

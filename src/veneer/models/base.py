@@ -92,6 +92,11 @@ class Base:
         return self.decoder.dtype
 
     @property
+    def precision(self) -> str:
+        """`bfloat16`, or `bfloat16, nf4`: what adapters say they were trained on."""
+        return ", ".join(filter(None, (str(self.dtype).removeprefix("torch."), self.quantize)))
+
+    @property
     def device(self) -> torch.device:
         return self.decoder.device
 

@@ -139,7 +139,7 @@ def provenance(base: Base, task: Task) -> Provenance:
     return Provenance(
         base=base.identity,
         base_name=base.name,
-        trained_on=", ".join(filter(None, (str(base.dtype).removeprefix("torch."), base.quantize))),
+        trained_on=base.precision,
         data=task.dataset.sha256,
         chat_template=None if base.tokenizer is None else base.tokenizer.template,
     )
