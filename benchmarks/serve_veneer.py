@@ -31,7 +31,7 @@ import psutil
 import torch
 
 import veneer as vn
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, Provenance
 from veneer.base.quantized import QuantizedFrozen
 from veneer.diagnose import probed
 from veneer.engine import Engine, Limits, Request, Sampling
@@ -197,11 +197,10 @@ class Stock:
 
 
 def _as_saved_by_a_run(adapter: Adapter, base: Any) -> Adapter:
-    """With what it said, and what it was trained on: looked at when it is loaded."""
+    """With what it said, and where it came from: looked at when it is loaded."""
     samples = {target: base.samples(target) for target in adapter.targets}
-    return probed(
-        replace(adapter, provenance=replace(adapter.provenance, base_samples=samples, trained_on=base.precision)), base
-    )
+    origin = Provenance(base.identity, base.name, samples, trained_on=base.precision)
+    return probed(replace(adapter, provenance=origin), base)
 
 
 @contextmanager
