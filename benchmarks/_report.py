@@ -25,6 +25,8 @@ BLUE, ORANGE, GREY = "#2f6fb0", "#d97a27", "#9aa3ab"
 
 def drive(python: str | Path, script: Path, *arguments: str, **environment: str) -> dict[str, Any]:
     """The JSON object that a driver prints as its last line; its own process, so its own memory and threads."""
+    if not Path(python).exists():
+        raise SystemExit(f"{python} is not there; `python benchmarks/run.py {Path(sys.argv[0]).stem}` makes it first")
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [str(python), str(script), *arguments],
