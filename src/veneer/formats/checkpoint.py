@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import FormatError, NotFound, listed
+from veneer.models.shards import INDEX, misplaced, refuse, strays, weight_map
 from veneer.ops.finite import is_finite
 from veneer.registry import did_you_mean
 
@@ -223,7 +224,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise NotFound(f"there is no checkpoint at {place}")
     if (place / "model.safetensors").exists():  # and an index beside it is not read, as in transformers
         return Checkpoint((open_tensors(plain_file(place, "model.safetensors")),))
-    if (place / "model.safetensors.index.json").exists():
+    if (place / INDEX).exists():
         return _open_shards(place)
     pickles = sorted(p.name for p in place.iterdir() if p.suffix in PICKLES)
     if pickles:
@@ -231,7 +232,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{place} has only pickles ({', '.join(pickles[:3])}), which can run code when they are read",
             help="convert them to safetensors",
         )
-    raise NotFound(f"{place} has no model.safetensors and no model.safetensors.index.json")
+    raise NotFound(f"{place} has no model.safetensors and no {INDEX}")
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -242,26 +243,10 @@ def first_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _open_shards(folder: Path) -> Checkpoint:
-    index = read_json(plain_file(folder, "model.safetensors.index.json"))
-    where = index.get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
-        raise FormatError(f"{folder}: the index has no weight_map of names to files")
-    problems: list[str] = []
-    files: dict[str, TensorFile] = {}
-    for name in sorted(set(where.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            problems.append(f"'{name}' is not the name of a safetensors file of this folder")
-        elif not (folder / name).exists():
-            problems.append(f"{name} is missing")
-        else:
-            files[name] = open_tensors(plain_file(folder, name))
-    for tensor, name in where.items():
-        if name in files and tensor not in files[name].tensors:
-            problems.append(f"'{tensor}' is not in {name}, where the index puts it")
-    for name, file in files.items():
-        problems += [f"'{t}' in {name} is not in the index" for t in file.tensors if where.get(t) != name]
-    if problems:
-        raise FormatError(f"{folder} is not a whole checkpoint:\n{listed(problems)}", help="fetch it again")
+    where = weight_map(read_json(plain_file(folder, INDEX)), folder)
+    gone = strays(where, folder)
+    files = {name: open_tensors(plain_file(folder, name)) for name in sorted(set(where.values()) - gone.keys())}
+    refuse(folder, [*gone.values(), *misplaced(where, {name: file.tensors for name, file in files.items()})])
     return Checkpoint(tuple(files.values()))
 
 

@@ -31,11 +31,11 @@ from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, o
 from veneer.models.base import Base
 from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
+from veneer.models.shards import INDEX
 from veneer.models.sources import locate
 from veneer.models.tokenizer_import import copy_tokenizer
 from veneer.ops.threads import side_by_side
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 PIECE = 1 << 18

@@ -19,11 +19,11 @@ from veneer.errors import FormatError, NotFound, Unsupported, listed
 from veneer.models.cache import read_json
 from veneer.models.catalog import CATALOG, find
 from veneer.models.gguf import GgufFile
+from veneer.models.shards import INDEX, misplaced, refuse, strays, twins, weight_map
 from veneer.models.tokenizer_import import TOKENIZER_FILES, copy_or_import, tokenizer_files
 from veneer.registry import did_you_mean
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-INDEX = "model.safetensors.index.json"
 READABLE = {"F64", "F32", "F16", "BF16"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -99,11 +99,9 @@ def weight_files(path: Path) -> list[Path]:
         return [path / "model.safetensors"]
     index = path / INDEX
     if index.is_file():
-        named = sorted(set(read_json(index).get("weight_map", {}).values()))
-        gone = [name for name in named if not (path / name).is_file()]
-        if gone or not named:
-            raise FormatError(f"{index} names files that are not there:\n{listed(gone)}", help="copy the missing files")
-        return [path / name for name in named]
+        where = weight_map(read_json(index), path)
+        refuse(path, list(strays(where, path).values()))
+        return [path / name for name in sorted(set(where.values()))]
     files = sorted(path.glob("*.safetensors"))
     if files:
         return files
@@ -140,11 +138,14 @@ class Folder:
         handles: dict[str, Any] = {}
         for file in weight_files(self._path):
             try:
-                handle: Any = safe_open(str(file), framework="pt")
+                handles[file.name] = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{file} is damaged: {error}", help="copy or download it again") from error
-            handles |= dict.fromkeys(handle.keys(), handle)
-        return handles
+        found = {name: handle.keys() for name, handle in handles.items()}
+        is_indexed = "model.safetensors" not in found and (self._path / INDEX).is_file()
+        where = weight_map(read_json(self._path / INDEX), self._path) if is_indexed else {}
+        refuse(self._path, misplaced(where, found) if is_indexed else twins(found))
+        return {tensor: handles[name] for name, tensors in found.items() for tensor in tensors}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
