@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 
 from tests.models import gguf_writer, tiny
 from veneer.engine.arena import Arena
-from veneer.errors import FormatError, Unsupported
+from veneer.errors import FormatError, Unsupported, VeneerError
 from veneer.models.base import Base
 from veneer.models.families import decoder_config
 from veneer.models.gguf import GgufFile
@@ -23,6 +25,7 @@ from veneer.models.gguf_file import Container
 from veneer.models.load import load_base
 from veneer.types import Segment
 
+Change: TypeAlias = Callable[[bytes], bytes]
 VARIANTS = (
     "llama",
     "llama-tied-mha",
@@ -166,6 +169,70 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(Unsupported, match="'mamba' model"):
         load_base(tmp_path / "mamba.gguf")
+
+
+def renamed(old: bytes, new: bytes) -> Change:
+    return lambda whole: whole.replace(old, new, 1)
+
+
+def number(key: bytes, value: int, beyond: int = 4) -> Change:
+    """Other 32 bits behind a name: a field's value (behind its type), or how many dimensions a tensor has."""
+
+    def change(whole: bytes) -> bytes:
+        at = whole.index(key) + len(key) + beyond
+        return whole[:at] + struct.pack("<I", value) + whole[at + 4 :]
+
+    return change
+
+
+def field(key: bytes, kind: int, value: bytes) -> Change:
+    """One more field, before the others."""
+    more = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+    return lambda whole: whole[:16] + struct.pack("<Q", whole[16] + 1) + more + whole[24:] + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "word"),
+    [
+        (
+            FormatError,
+            renamed(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
+            "blk.0.attn_q.weight stands in it twice",
+        ),
+        (FormatError, field(b"llama.block_count", 4, struct.pack("<I", 2)), "llama.block_count stands in it twice"),
+        (FormatError, field(b"general.alignment", 4, struct.pack("<I", 0)), "aligned to 0"),
+        (FormatError, field(b"general.alignment", 8, struct.pack("<Q", 1) + b"8"), "aligned to '8'"),
+        (FormatError, field(b"deep", 9, struct.pack("<IQ", 9, 1) * 10_000), "not a complete GGUF file"),
+        (FormatError, number(b"blk.0.attn_q.weight", 5, 0), "5 dimensions"),
+        (FormatError, renamed(b"llama.block_count", b"llama.black_count"), "llama.block_count is None"),
+        (FormatError, number(b"llama.block_count", 1 << 23), "too few for 8388608 blocks"),
+        (FormatError, number(b"llama.block_count", (1 << 32) - 1), "llama.block_count is 4294967295"),
+        (FormatError, number(b"llama.attention.head_count", 0), "llama.attention.head_count is 0"),
+        (Unsupported, field(b"split.count", 2, struct.pack("<H", 3)), "one of 3 pieces"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_at_once(
+    kind: type[VeneerError], change: Change, word: str, tmp_path: Path
+) -> None:
+    whole = gguf_writer.write(tiny.hf_model("llama"), tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(change(whole))
+    with pytest.raises(kind, match=word) as caught:
+        load_base(tmp_path / "m.gguf")
+    assert caught.value.help
+
+
+def test_rows_are_whole_blocks(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "q.gguf"), "llama")
+    writer.add_tensor("q", np.zeros((4, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = (tmp_path / "q.gguf").read_bytes()
+    assert Container(tmp_path / "q.gguf").tensors["q"].shape == (4, 32)
+    (tmp_path / "q.gguf").write_bytes(whole.replace(struct.pack("<QQ", 32, 4), struct.pack("<QQ", 16, 8)))
+    with pytest.raises(FormatError, match="rows of 16 numbers are no whole blocks of 32"):
+        Container(tmp_path / "q.gguf")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.errors import FormatError, Unsupported
+from veneer.errors import FormatError, Unsupported, VeneerError
 from veneer.models.checkpoint import shapes
 from veneer.models.config import DecoderConfig
 from veneer.models.families import decoder_config, layout
@@ -73,6 +73,19 @@ GPT2_KEYS = {
     "max_position_embeddings": "n_positions",
     "layer_norm_eps": "layer_norm_epsilon",
 }
+COUNTS = {
+    "block_count": True,
+    "embedding_length": True,
+    "feed_forward_length": True,
+    "attention.head_count": True,
+    "attention.head_count_kv": False,
+    "attention.key_length": False,
+    "rope.dimension_count": False,
+    "context_length": False,
+}
+"""Whether a file has to have them; llama.cpp refuses one that doesn't."""
+MOST = 1 << 24
+AGAIN = "copy or download it again, or give the checkpoint that it was made from"
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 UNSCALED_GEMMA = {46: "gemma2", 62: "gemma3_text"}
 """Layers of the two 27B models, whose attention is scaled by hidden / heads; the file does not say so."""
@@ -87,6 +100,10 @@ class GgufFile:
         self.arch = str(self._field("general.architecture"))
         if self.arch not in FAMILY:
             raise Unsupported(f"{path} holds a '{self.arch}' model, not one of {', '.join(FAMILY)}", help=ATTACH)
+        if (pieces := self._field("split.count", 1)) not in (0, 1):
+            raise Unsupported(
+                f"{path} is one of {pieces} pieces of a model", help="join them: llama-gguf-split --merge FIRST WHOLE"
+            )
         if "token_embd.weight" not in self._tensors:
             raise FormatError(f"{path} has no token embedding", help="is it a whole model, not an adapter or a part?")
         self.family = FAMILY[self.arch]
@@ -112,6 +129,25 @@ class GgufFile:
     @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json would say."""
+        for key, is_needed in COUNTS.items():
+            count = self._own(key)
+            if (is_needed or count is not None) and (type(count) is not int or not 1 <= count <= MOST):
+                raise FormatError(f"{self._file.path}: {self.arch}.{key} is {count!r}, expected a count", help=AGAIN)
+        if self._own("block_count") > len(self._tensors):
+            raise FormatError(
+                f"{self._file.path} has {len(self._tensors)} tensors, too few for {self._own('block_count')} blocks",
+                help=AGAIN,
+            )
+        try:
+            return self._config()
+        except VeneerError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise FormatError(
+                f"{self._file.path}: what it says of its model cannot be read: {error!r}", help=AGAIN
+            ) from error
+
+    def _config(self) -> dict[str, Any]:
         found = {ours: value for ours, key in KEYS.items() if (value := self._own(key)) is not None}
         found["vocab_size"] = int(self._tensors["token_embd.weight"].shape[0])
         found["tie_word_embeddings"] = "output.weight" not in self._tensors

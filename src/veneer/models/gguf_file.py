@@ -6,6 +6,7 @@ the data. `gguf` dequantises; its own reader makes a numpy view for every string
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 DEFAULT_ALIGNMENT = 32
+MOST_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Record:
     shape: tuple[int, ...]
     kind: int
     start: int
+
+
+def _file_under(found: dict[str, Any], name: str, value: Any) -> None:
+    if name in found:
+        raise ValueError(f"{name} stands in it twice")
+    found[name] = value
 
 
 class Container:
@@ -44,7 +52,7 @@ class Container:
             self.fields, self.tensors = self._parse()
         except Unsupported:
             raise
-        except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
             raise FormatError(
                 f"{path} is not a complete GGUF file: {error or type(error).__name__}", help="copy or download it again"
             ) from error
@@ -57,13 +65,19 @@ class Container:
         if version not in (2, 3):
             raise ValueError(f"version {version}, expected 2 or 3 (little-endian)")
         count, pairs = self._scalar("<Q"), self._scalar("<Q")
-        fields = {self._string(): self._value(self._scalar("<I")) for _ in range(pairs)}
-        alignment = int(fields.get("general.alignment", DEFAULT_ALIGNMENT))
+        fields: dict[str, Any] = {}
+        for _ in range(pairs):
+            _file_under(fields, self._string(), self._value(self._scalar("<I")))
+        alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its tensors are aligned to {alignment!r}, expected a power of two")
         records: dict[str, Record] = {}
         for _ in range(count):
-            name = self._string()
-            shape = tuple(reversed([self._scalar("<Q") for _ in range(self._scalar("<I"))]))
-            records[name] = Record(shape, self._scalar("<I"), self._scalar("<Q"))
+            name, dimensions = self._string(), self._scalar("<I")
+            if dimensions > MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {dimensions} dimensions, expected at most {MOST_DIMENSIONS}")
+            shape = tuple(reversed([self._scalar("<Q") for _ in range(dimensions)]))
+            _file_under(records, name, Record(shape, self._scalar("<I"), self._scalar("<Q")))
         begin = self._at + -self._at % alignment
         placed = {name: Record(r.shape, r.kind, begin + r.start) for name, r in records.items()}
         last = max((r.start + self.size_of(r) for r in placed.values()), default=0)
@@ -104,9 +118,14 @@ class Container:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if record.kind not in {int(kind) for kind in GGML_QUANT_SIZES}:
-            raise Unsupported(f"{self.path} stores tensors as the unknown ggml type {record.kind}")
+            raise Unsupported(
+                f"{self.path} stores tensors as the unknown ggml type {record.kind}",
+                help="use a file in another quantisation, Q4_K_M or Q8_0 for example",
+            )
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(record.kind)]
-        return torch.Size(record.shape).numel() // block * int(size)
+        if record.shape and record.shape[-1] % block:
+            raise ValueError(f"rows of {record.shape[-1]} numbers are no whole blocks of {block}")
+        return math.prod(record.shape) // block * int(size)
 
     def dense(self, name: str) -> Tensor:
         """One tensor, dequantised to fp32, in its stored order."""
