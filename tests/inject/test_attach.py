@@ -136,6 +136,65 @@ def test_gradients_reach_the_adapter_only(model: nn.Module) -> None:
     handle.detach()
 
 
+def lora_on(model: nn.Module, *targets: str, **fields: Any) -> Adapter:
+    made = create(
+        ModuleSource(model), LoRA(rank=2, alpha=4, targets=targets, **fields), torch.Generator().manual_seed(3)
+    )
+    return made.map_tensors(lambda tensor: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)))
+
+
+def test_dropout_follows_the_layer_it_is_put_around() -> None:
+    model = mlp().eval()
+    handle = attach(model, lora_on(model, "0", dropout=0.5))
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
+    handle.detach()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_adapters_on_one_module_come_and_go_in_any_order(first: int) -> None:
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    flags, before = [p.requires_grad for p in model.parameters()], run(model)
+    handles = [attach(model, lora_on(model, "0")), attach(model, lora_on(model, "2"))]
+    run(model).sum().backward()
+    assert all(len(h.parameters()) == 2 and all(p.grad is not None for p in h.parameters()) for h in handles)
+    handles[first].detach()
+    left = {id(p) for p in handles[1 - first].parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == left
+    handles[1 - first].detach()
+    handles[first].detach()  # once more does nothing
+    assert [p.requires_grad for p in model.parameters()] == flags and torch.equal(run(model), before)
+
+
+def test_the_bare_base_stays_bare_within_nested_blocks() -> None:
+    model = mlp()
+    before = run(model)
+    handle = attach(model, lora_on(model, "0"))
+    with handle.disabled():
+        with handle.disabled():
+            assert torch.equal(run(model), before)
+        assert torch.equal(run(model), before)
+    assert not torch.equal(run(model), before)
+
+
+def test_a_shared_layer_is_adapted_under_all_its_names() -> None:
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"encoder": nn.Sequential(shared), "decoder": nn.Sequential(shared, shared)})
+    x = torch.ones(1, 6)
+    before = model["decoder"](x)
+    adapter = lora_on(model, "encoder.0")
+    handle = attach(model, adapter)
+    part = adapter.part("encoder.0")
+    weight = shared.weight + adapter.scale("encoder.0") * part.tensors["B"] @ part.tensors["A"]
+    once = nn.functional.linear(x, weight, shared.bias)
+    assert torch.allclose(model["encoder"](x), once, atol=1e-5)
+    assert torch.allclose(model["decoder"](x), nn.functional.linear(once, weight, shared.bias), rtol=1e-4)
+    handle.detach()
+    assert torch.equal(model["decoder"](x), before)
+
+
 def test_all_linear_leaves_out_the_head_of_a_transformers_model() -> None:
     model = opt()
     assert not any("lm_head" in target for target in fresh(model).targets)

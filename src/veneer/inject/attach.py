@@ -9,11 +9,12 @@ The base is never changed: its tensors stay frozen while attached, and their `re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from veneer.adapter import Adapter, Part
 from veneer.base.host import ConvHost, DenseHost, Host
@@ -71,14 +72,23 @@ def module_host(module: nn.Module) -> Host:
     return DenseHost(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, kind=kind)
 
 
+_HELD: MutableMapping[Tensor, tuple[bool, int]] = WeakTensorKeyDictionary()
+"""Frozen tensor -> whether it was trained before the first adapter came, and how many adapters hold it frozen."""
+
+
 class Handle:
     """An adapter attached to a module: its trainable tensors, and the way back."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, layers: Mapping[str, Adapted]) -> None:
         self.model, self._adapter, self.layers = model, adapter, layers
-        self._flags = [(p, p.requires_grad) for p in _base_parameters(model, layers)]
-        for parameter, _ in self._flags:
+        self._places = _places(model, layers)
+        self._frozen = _base_parameters(model)
+        for parameter in self._frozen:
+            before, holders = _HELD.get(parameter, (parameter.requires_grad, 0))
+            _HELD[parameter] = before, holders + 1
             parameter.requires_grad_(False)
+        for parent, name, adapted in self._places:
+            setattr(parent, name, adapted)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's tensors that are trained."""
@@ -95,20 +105,26 @@ class Handle:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The bare base, bitwise, inside the `with` block."""
-        for layer in self.layers.values():
+        before = [(layer, layer.enabled) for layer in self.layers.values()]
+        for layer, _ in before:
             layer.enabled = False
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+            for layer, enabled in before:
+                layer.enabled = enabled
 
     def detach(self) -> None:
-        """Put the base's own layers back. The module is as it was, flags included."""
-        for path, layer in self.layers.items():
-            _put(self.model, path, layer.layer)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        """Put the base's own layers back. With the last adapter gone the module is as it was, flags included."""
+        for parent, name, adapted in self._places:
+            setattr(parent, name, adapted.layer)
+        for parameter in self._frozen:
+            before, holders = _HELD.pop(parameter)
+            if holders == 1:
+                parameter.requires_grad_(before)
+            else:
+                _HELD[parameter] = before, holders - 1
+        self._places, self._frozen = [], []
 
 
 def attach(model: nn.Module, adapter: Adapter) -> Handle:
@@ -141,10 +157,7 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
         layers[path] = (
             AdaptedLayer(layer, module_host(layer), methods, shared) if on_host else AdaptedModule(layer, methods, {})
         )
-    handle = Handle(model, adapter, layers)
-    for path, adapted in layers.items():
-        _put(model, path, adapted)
-    return handle
+    return Handle(model, adapter, layers)
 
 
 def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part: Part) -> list[str]:
@@ -210,11 +223,16 @@ def _head_path(model: nn.Module) -> str:
     return next((path for path, module in model.named_modules() if module is head), "") if head is not None else ""
 
 
-def _base_parameters(model: nn.Module, layers: Mapping[str, Adapted]) -> list[nn.Parameter]:
-    own = {id(p) for layer in layers.values() for p in layer.tensors.values()}
-    return [p for p in model.parameters() if id(p) not in own]
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that belong to no adapter."""
+    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
+    own = {id(parameter) for module in adapted for parameter in module.tensors.values()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in own]
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def _places(model: nn.Module, layers: Mapping[str, Adapted]) -> list[tuple[nn.Module, str, Adapted]]:
+    """Every parent and name under which the model has these layers: a shared one is adapted wherever it is called."""
+    adapted = {id(layer.layer): layer for layer in layers.values()}
+    paths = {path: adapted[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in adapted}
+    split = [(*path.rpartition("."), layer) for path, layer in paths.items()]
+    return [(model.get_submodule(parent), name, layer) for parent, _, name, layer in split]

@@ -29,6 +29,7 @@ class Adapted(nn.Module):
     def __init__(self, layer: nn.Module, methods: Sequence[Bound], shared: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.layer = layer
+        self.training = layer.training
         self.methods = tuple(methods)
         self.shared = dict(shared)
         self.enabled = True
