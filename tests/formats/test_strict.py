@@ -175,7 +175,20 @@ def test_a_target_that_went_missing(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"rank_pattern": {"nothing": 3}}, {"rank_pattern": {"(": 3}}, {"lora_alpha": -1}, {"r": "x"}]
+    "config",
+    [
+        {"rank_pattern": {"nothing": 3}},
+        {"rank_pattern": {"(": 3}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": [1]}},
+        {"alpha_pattern": [[0]]},
+        {"modules_to_save": "lm_head"},
+        {"modules_to_save": 2.5},
+        {"target_parameters": True},
+        {"trainable_token_indices": {"embed_tokens": 3}},
+        {"lora_alpha": -1},
+        {"r": "x"},
+    ],
 )
 def test_fields_that_make_no_sense(saved: Path, config: dict[str, Any]) -> None:
     (saved / OURS).unlink()

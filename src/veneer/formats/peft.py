@@ -13,20 +13,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.errors import FormatError, complaint, listed
-from veneer.formats.peft_config import check_fields, check_ranked, ranked_config, ranked_fields, target_modules
+from veneer.formats.peft_config import (
+    Containers,
+    check_fields,
+    check_ranked,
+    ranked_config,
+    ranked_fields,
+    target_modules,
+)
 from veneer.formats.peft_experts import pack, parameter_of, unpack
 from veneer.formats.peft_names import PREFIX, TOKEN_ROWS, Sorted, natural, sort_keys
 from veneer.methods import Method, PeftForm, load_all
 
 CONFIG = "adapter_config.json"
+R = TypeVar("R", bound=BaseModel)
 TENSORS = "adapter_model.safetensors"
 _DECODER = re.compile(
     r"(model\.layers\.\d+\..+|transformer\.h\.\d+\..+|gpt_neox\.layers\.\d+\..+"
@@ -93,6 +101,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     method = _method_for(config, where)
     form = method.peft
     assert form is not None
+    _checked(Containers, config, where)
     found = sort_keys(tensors, form)
     reading = _Reading()
     if "parameters" in form.fields:
@@ -105,11 +114,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     fields = _fields(form, config, reading)
     if reading.problems:
         raise _damaged(where, reading.problems)
-    try:
-        spec = method(**fields)
-    except ValidationError as error:
-        lines = [f"{complaint(item)} (got {item['input']!r})" for item in error.errors()]
-        raise _damaged(where, lines) from error
+    spec = _checked(method, fields, where)
     if form.ranked:
         check_ranked(spec, reading.parts, reading.problems)
     if reading.problems:
@@ -123,6 +128,14 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
         extra["task_type"] = config["task_type"]
     base_name = config.get("base_model_name_or_path") or None
     return Adapter(spec, tuple(reading.parts), Provenance(base_name=base_name, extra=extra))
+
+
+def _checked(record: type[R], fields: Mapping[str, Any], where: str) -> R:
+    try:
+        return record(**fields)
+    except ValidationError as error:
+        lines = [f"{complaint(item)} (got {item['input']!r})" for item in error.errors()]
+        raise _damaged(where, lines) from error
 
 
 def _damaged(where: str, problems: Sequence[str]) -> FormatError:

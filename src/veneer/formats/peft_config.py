@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
 from veneer.adapter import Adapter, Part
 from veneer.methods import Method, PeftForm
 from veneer.types import effective_scale
@@ -26,6 +28,7 @@ HONOURED = {
     "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "use_dora", "num_transformer_submodules",
     "token_dim", "num_attention_heads", "num_layers", "num_virtual_tokens", "tinit", "tfinal", "total_step", "mask_type",
     "random_seed", "oft_block_size", "use_cayley_neumann", "eps", "module_dropout", "save_projection", "projection_prng_key",
+    "velora_config",
 }  # fmt: skip
 """Keys that are read, or that only say how training began or was arranged."""
 
@@ -34,6 +37,23 @@ CHANGES_THE_FUNCTION = {
     "megatron_config", "coft",
 }  # fmt: skip
 """Keys that make another function of the same tensors. Only their empty value is read."""
+
+
+class Containers(BaseModel):
+    """What is taken apart before a method looks at it; a method's own fields have their types there."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int | list[bool]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    total_step: int | None = None
+    num_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
 
 
 def target_modules(targets: Sequence[str], decoder: re.Pattern[str]) -> list[str] | str:
