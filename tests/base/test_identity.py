@@ -179,3 +179,7 @@ def test_a_part_of_another_rank_than_the_spec_says_still_fits() -> None:
     assert adapter.misfits(replace(part, tensors=torn), shape) == [
         f"B is [{out}, 3], expected [{out}, 6] for {out} x {inp}"
     ]
+
+
+def test_a_single_number_counts_too() -> None:
+    assert identity_of({"x": torch.tensor(1.0)}) != identity_of({"x": torch.tensor(2.0)})

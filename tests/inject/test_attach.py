@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, Part
 from veneer.errors import Conflict, TargetError, Unsupported
 from veneer.inject import ModuleSource, attach, create
 from veneer.methods import merged
@@ -193,6 +194,23 @@ def test_a_shared_layer_is_adapted_under_all_its_names() -> None:
     assert torch.allclose(model["decoder"](x), nn.functional.linear(once, weight, shared.bias), rtol=1e-4)
     handle.detach()
     assert torch.equal(model["decoder"](x), before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "word"),
+    [
+        ([3, 53], (2, 16), "has 53 rows, the adapter replaces 3 to 53"),
+        ([-1], (1, 16), "-1 to -1"),
+        ([3], (2, 16), "rows is"),
+    ],
+)
+def test_token_rows_that_an_embedding_does_not_have(tokens: list[int], rows: tuple[int, int], word: str) -> None:
+    model, target = opt(), "model.decoder.embed_tokens"
+    tensors = {"tokens": torch.tensor(tokens), "rows": torch.zeros(rows)}
+    adapter = fresh(model)
+    part = Part("token_rows", "override", target, tensors, "embedding")
+    with pytest.raises(TargetError, match=word):
+        attach(model, replace(adapter, parts=(*adapter.parts, part)))
 
 
 def test_all_linear_leaves_out_the_head_of_a_transformers_model() -> None:

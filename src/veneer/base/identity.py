@@ -64,7 +64,7 @@ class Hasher:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """File one tensor under its canonical name, in the checkpoint's own orientation."""
-        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+        rounded = tensor.detach().to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8)
         self._entries[name] = (tuple(tensor.shape), hashlib.sha256(rounded.numpy().data).hexdigest())
 
     def identity(self) -> str:

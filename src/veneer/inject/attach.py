@@ -169,6 +169,8 @@ def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part
     if part.site == "weight" or part.target not in dict(model.named_modules()):
         known = did_you_mean(part.target, list(source.shape.hosts))
         return [f"'{part.target}' is not a layer of this model; {known}"]
+    if part.kind == "token_rows" and shape is not None:
+        return _row_problems(part, shape)
     if part.kind != "full":
         return []
     own = dict(model.get_submodule(part.target).named_parameters(recurse=False))
@@ -177,6 +179,18 @@ def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part
         for name, t in part.tensors.items()
         if name not in own or own[name].shape != t.shape
     ]
+
+
+def _row_problems(part: Part, shape: HostShape) -> list[str]:
+    """Rows of an embedding `[vocab, hidden]` that it does not have."""
+    tokens, rows = part.tensors["tokens"], part.tensors["rows"]
+    problems = []
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < shape.in_features:
+        spread = f"{int(tokens.min())} to {int(tokens.max())}"
+        problems.append(f"{part.target} has {shape.in_features} rows, the adapter replaces {spread}")
+    if (expected := [tokens.numel(), shape.out_features]) != list(rows.shape):
+        problems.append(f"{part.target}: rows is {list(rows.shape)}, expected {expected}")
+    return problems
 
 
 def _misfits(method: Method, part: Part, shape: HostShape) -> list[str]:
