@@ -19,7 +19,8 @@ VeneerError                     what was given, what was expected, where; `help`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -106,15 +107,75 @@ class TrainingError(VeneerError, RuntimeError):
     """A run that cannot go on."""
 
 
-def complaint(item: Mapping[str, Any]) -> str:
-    """One entry of a pydantic error's `errors()` as `path: what is wrong`.
+_EXPECTED = {
+    "string_type": "text",
+    "path_type": "a path",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "literal_error": "{expected}",
+}
+"""What a value should have been, by pydantic's name of the error, filled in from its context."""
+_UNION = re.compile(r"(int|float|str|bool|none|nullable|(literal|list|tuple|dict|constrained|function)\b.*)")
+"""The steps of a path by which pydantic tells the members of a union apart. They are no keys."""
 
-    >>> complaint({"loc": ("stop", 3), "msg": "Value error, a stop string must not be empty"})
-    'stop.3: a stop string must not be empty'
+
+def complaints(items: Sequence[Any], near: Callable[[str, Sequence[Any]], str] | None = None) -> list[str]:
+    """The entries of a pydantic error's `errors()`, each as `path: what is wrong`.
+
+    What the members of a union say of one value is one entry; where a member looked inside the value, only what it found.
+
+    near  (unknown key, path of what it stands in) -> a hint that is put behind it
+
+    >>> complaints([{"type": "greater_than", "loc": ("train", "lr"), "input": -1, "ctx": {"gt": 0.0}, "msg": ""}])
+    ['train.lr: expected a number above 0, got -1']
     """
-    path = ".".join(str(step) for step in item["loc"])
-    reason = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {reason}" if path else reason
+    wrong: dict[tuple[Any, ...], list[Any]] = {}
+    for item in items:
+        loc = tuple(step for i, step in enumerate(item["loc"]) if not i or not _UNION.fullmatch(str(step)))
+        wrong.setdefault(loc, []).append(item)
+    found = []
+    for loc, same in wrong.items():
+        if len(same[0]["loc"]) > len(loc) and any(loc == deeper[: len(loc)] != deeper for deeper in wrong):
+            continue
+        what = _what(same)
+        if near is not None and same[0]["type"] == "extra_forbidden":
+            what += f"; {near(str(loc[-1]), loc[:-1])}"
+        path = ".".join(map(str, loc))
+        found.append(f"{path}: {what}" if path else what)
+    return found
+
+
+def _what(same: Sequence[Any]) -> str:
+    first = same[0]
+    if first["type"] == "missing":
+        return "missing"
+    if first["type"] == "extra_forbidden":
+        return "unknown key"
+    expected = [_EXPECTED.get(item["type"], "").format(**item.get("ctx", {})) for item in same]
+    if all(expected):
+        got = repr(first["input"])
+        return f"expected {_either(list(dict.fromkeys(expected)))}, got {got if len(got) <= 80 else got[:77] + '...'}"
+    other = same[expected.index("")]["msg"]
+    return str(other).removeprefix("Value error, ")
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def listed(problems: Sequence[str], *, limit: int = 20) -> str:

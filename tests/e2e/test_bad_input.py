@@ -119,7 +119,7 @@ CASES = {
     "all at once": Case(
         "train.lr=fast train.epochs=[1] method.rank=x", USAGE, r"(?s)epochs.*lr.*method\.rank", "every key"
     ),
-    "a value for a section": Case("data=5", USAGE, "data: expected a section of keys and values, got 5", "every key"),
+    "a value for a section": Case("data=5", USAGE, "data: expected keys and values, got 5", "every key"),
     "a list for a name": Case("method.kind=[lora]", USAGE, r"method\.kind: no method", "every key"),
     "unknown method": Case("method.kind=loar", USAGE, "did you mean 'lora'", "every key"),
     "unknown optimizer": Case("train.optimizer=adamx", USAGE, "no optimizer is called 'adamx'", "adamw"),
@@ -129,7 +129,7 @@ CASES = {
     "targets match nothing": Case("method.targets=[q_porj]", FAILED, "'q_porj' matches nothing", "veneer plan"),
     "nothing is left": Case("method.exclude=all-linear", FAILED, "leave no layer", "veneer plan"),
     "no such block": Case("method.layers=[9]", FAILED, "no block 9; the blocks are 0 to 2", "veneer plan"),
-    "rank 0": Case("method.rank=0", USAGE, r"method\.rank: .* greater than or equal to 1, got 0", "every key"),
+    "rank 0": Case("method.rank=0", USAGE, r"method\.rank: .* a number of at least 1, got 0", "every key"),
     "rank above the layer": Case(
         "method.rank=33", FAILED, r"rank 33 at \S+ is above the layer's 16 \(32 in, 16", "plan"
     ),
@@ -165,7 +165,7 @@ def test_training_refuses(world: Path, capsys: pytest.CaptureFixture[str], name:
         ("", "holds nothing", "every key"),
         ("base: a\n", r"(?s)data: missing.*out: missing", "every key"),
         ("runs: 3\n", "runs must be a list", "runs: "),
-        ("base: a\ndata: {train: x}\nout: b\nmethod: lora\n", "method: expected a section", "every key"),
+        ("base: a\ndata: {train: x}\nout: b\nmethod: lora\n", "method: expected keys and values", "every key"),
         (b"\xff\xfe\x00", "is not UTF-8", "YAML"),
     ],
 )

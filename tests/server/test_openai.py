@@ -368,7 +368,9 @@ def test_what_is_no_text_and_no_token_is_refused(running: Running, field: str) -
     """JSON can write half of a surrogate pair, which no tokenizer and no answer can."""
     headers = {"content-type": "application/json"}
     answer = running.client().post("/v1/completions", content="{" + field + ', "max_tokens": 2}', headers=headers)
-    assert answer.status_code == 400 and re.search("half of a character|valid integer", answer.text), answer.text
+    assert answer.status_code == 400 and re.search(
+        r"half of a character|prompt\.0: expected text, a whole number or a list, got True", answer.text
+    ), answer.text
 
 
 def test_a_request_id_may_be_sent_with_several_requests(running: Running) -> None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
-from veneer.errors import ConfigError, complaint, listed
+from veneer.errors import ConfigError, complaints, listed
 from veneer.registry import Registry, did_you_mean, discover
 
 Density: TypeAlias = Annotated[float, Field(gt=0, le=1, description="share of the entries that is kept")]
@@ -107,11 +107,7 @@ def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return model(**given).model_dump()
     except ValidationError as error:
         known = list(model.model_fields)
-        problems = []
-        for item in error.errors():
-            key = str(item["loc"][0])
-            hint = f" ({did_you_mean(key, known)})" if item["type"] == "extra_forbidden" else ""
-            problems.append(complaint(item) + hint)
+        problems = complaints(error.errors(), lambda key, _: did_you_mean(key, known))
         raise ConfigError(
             f"rule '{name}' can't take these options:\n{listed(problems)}",
             help=f"options of '{name}': {', '.join(known) or 'none'}",

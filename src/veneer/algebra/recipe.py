@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from veneer.adapter import Adapter, HostSource
 from veneer.algebra._combine import Combination, Others, combination
-from veneer.errors import ConfigError, complaint, listed
+from veneer.errors import ConfigError, complaints, listed
 from veneer.registry import did_you_mean
 
 
@@ -74,13 +74,11 @@ def recipe_of(fields: Mapping[str, Any], wrong: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"{wrong}:\n{listed([_problem(e) for e in error.errors()])}") from error
+        raise ConfigError(f"{wrong}:\n{listed(complaints(error.errors(), _near))}") from error
 
 
-def _problem(error: Any) -> str:
-    known = list(Entry.model_fields if error["loc"][0] == "adapters" else Recipe.model_fields)
-    hint = f" ({did_you_mean(str(error['loc'][-1]), known)})" if error["type"] == "extra_forbidden" else ""
-    return complaint(error) + hint
+def _near(key: str, section: Sequence[Any]) -> str:
+    return did_you_mean(key, list(Entry.model_fields if section else Recipe.model_fields))
 
 
 def digest(recipe: Recipe, adapters: Mapping[str, Adapter]) -> str:

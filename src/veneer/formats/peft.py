@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from veneer.adapter import Adapter, Part, Provenance
-from veneer.errors import FormatError, complaint, listed
+from veneer.errors import FormatError, complaints, listed
 from veneer.formats.peft_config import (
     Containers,
     check_fields,
@@ -134,8 +134,7 @@ def _checked(record: type[R], fields: Mapping[str, Any], where: str) -> R:
     try:
         return record(**fields)
     except ValidationError as error:
-        lines = [f"{complaint(item)} (got {item['input']!r})" for item in error.errors()]
-        raise _damaged(where, lines) from error
+        raise _damaged(where, complaints(error.errors())) from error
 
 
 def _damaged(where: str, problems: Sequence[str]) -> FormatError:

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from veneer.adapter import Adapter, Part, Probe, Provenance
-from veneer.errors import ConfigError, FormatError, VeneerError, complaint, listed
+from veneer.errors import ConfigError, FormatError, VeneerError, complaints, listed
 from veneer.methods import Method, parse
 from veneer.types import HostKind, Site
 
@@ -180,7 +180,7 @@ def _validated(record: type[R], fields: dict[str, Any]) -> R:
     try:
         return record.model_validate(fields)
     except ValidationError as error:
-        problems = [complaint(item) for item in error.errors()]
+        problems = complaints(error.errors())
         raise FormatError(
             f"{NAME} is not as expected:\n{listed(problems)}", help="update veneer, or delete it"
         ) from error

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from veneer.errors import FormatError, complaint
+from veneer.errors import FormatError, complaints
 from veneer.library.blobs import DIGEST
 from veneer.library.gate import METRIC
 from veneer.library.records import File, Version
@@ -165,7 +165,7 @@ def unseal(kind: type[R], content: bytes, where: str) -> R:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise FormatError(f"{where} is not as expected: {complaint(error.errors()[0])}", help=_DAMAGED) from error
+        raise FormatError(f"{where} is not as expected: {complaints(error.errors())[0]}", help=_DAMAGED) from error
 
 
 def _checksum(fields: dict[str, Any]) -> str:

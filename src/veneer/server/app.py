@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.errors import Busy, Denied, VeneerError, complaint
+from veneer.errors import Busy, Denied, VeneerError, complaints
 from veneer.server import admin, bodies, openai
 from veneer.server.answers import ERRORS, Health, Readiness, told, told_text
 from veneer.server.keys import require
@@ -153,7 +153,7 @@ async def _ours(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [complaint(item | {"loc": [step for step in item["loc"] if step != "body"]}) for item in error.errors()]
+    problems = complaints([item | {"loc": [step for step in item["loc"] if step != "body"]} for item in error.errors()])
     kind = request.headers.get("content-type", "")
     if "json" not in kind and int(request.headers.get("content-length", "0") or 0):
         came = f"as {kind[:60]}" if kind else "without a content-type"

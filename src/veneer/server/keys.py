@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veneer.errors import Busy, ConfigError, Denied, complaint, listed
+from veneer.errors import Busy, ConfigError, Denied, complaints, listed
 from veneer.library.resolve import BASE
 
 Action: TypeAlias = Literal["read", "load", "alias"]
@@ -86,7 +86,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         keys = _File.model_validate(value).keys
     except ValidationError as error:
-        problems = [complaint(item) for item in error.errors()]
+        problems = complaints(error.errors())
         help = "`veneer serve --new-key NAME` shows an entry"
         raise ConfigError(f"{path} is not a keys file:\n{listed(problems)}", help=help) from error
     names = [key.name for key in keys]

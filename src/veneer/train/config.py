@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from veneer.base import formats
-from veneer.errors import ConfigError, NotFound, complaint, listed
+from veneer.errors import ConfigError, NotFound, complaints, listed
 from veneer.methods import METHODS, Method, load_all, parse
 from veneer.registry import Declared, did_you_mean
 
@@ -124,10 +124,7 @@ def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> R
         problems += explain(error, model)
     method = values.get("method", {"kind": "lora"})
     if isinstance(method, Mapping):
-        try:
-            method_from(dict(method))
-        except ConfigError as error:
-            problems.append(error.message)
+        problems += _method(method)[1]
     if problems or checked is None:
         raise ConfigError(f"{where} is not a valid run:\n{listed(problems)}", help=KEYS_HELP)
     return checked
@@ -135,34 +132,30 @@ def validate(model: type[RunConfig], values: Mapping[str, Any], where: str) -> R
 
 def method_from(fields: Mapping[str, Any]) -> Method:
     """A method from its YAML section; a ConfigError lists every wrong key."""
+    method, problems = _method(fields)
+    if method is None:
+        raise ConfigError("; ".join(problems))
+    return method
+
+
+def _method(fields: Mapping[str, Any]) -> tuple[Method | None, list[str]]:
     load_all()
     rest = {k: _as_number(v) for k, v in fields.items()}
     kind = rest.setdefault("kind", "lora")
     if not isinstance(kind, str) or kind not in METHODS:
-        raise ConfigError(f"method.kind: no method is called '{kind}'; {did_you_mean(str(kind), list(METHODS))}")
+        return None, [f"method.kind: no method is called '{kind}'; {did_you_mean(str(kind), list(METHODS))}"]
     try:
-        return parse(rest)
+        return parse(rest), []
     except ValidationError as error:
-        raise ConfigError("; ".join(f"method.{p}" for p in explain(error, METHODS[kind]))) from error
+        return None, [f"method.{problem}" for problem in explain(error, METHODS[kind])]
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Each problem as `path: what is wrong`, with the nearest key for a mistyped one."""
-    found = []
-    for item in error.errors(include_url=False):
-        path = ".".join(str(p) for p in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = list(_section_of(model, item["loc"][:-1]).model_fields)
-            found.append(f"{path}: unknown key; {did_you_mean(str(item['loc'][-1]), known)}")
-        elif item["type"] == "missing":
-            found.append(f"{path}: missing")
-        elif item["type"] in ("model_type", "dict_type"):
-            found.append(f"{path}: expected a section of keys and values, got {item['input']!r}")
-        elif item["type"] == "value_error":
-            found.append(complaint(item))
-        else:
-            found.append(f"{path}: {item['msg'].lower()}, got {item['input']!r}")
-    return found
+    return complaints(
+        error.errors(include_url=False),
+        lambda key, section: did_you_mean(key, list(_section_of(model, section).model_fields)),
+    )
 
 
 def _section_of(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
