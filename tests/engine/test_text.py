@@ -94,3 +94,16 @@ def test_what_never_becomes_a_character_is_shown_and_costs_the_same_for_every_to
 def test_text_after_what_is_none_is_whole_again(before: str, noise: int, after: str) -> None:
     shown, text = stream(before.encode() + b"\xff" * noise + after.encode())
     assert "".join(shown) == text.text == before + "\ufffd" * noise + after
+
+
+def test_a_stop_string_that_only_the_cut_off_end_completes_still_stops() -> None:
+    """The last token may hold whole characters and half of one: they are held back, and must be looked at in the end."""
+    tokens = {0: b"a", 1: b"b\xe2"}
+
+    def whole(ids: Sequence[int]) -> str:
+        return b"".join(tokens[i] for i in ids).decode("utf-8", errors="replace")
+
+    text = TextStream(whole, ("ab",))
+    assert [text.push(0), text.push(1), text.finish()] == ["", "", ""]
+    assert text.stopped == "ab"
+    assert text.text == ""

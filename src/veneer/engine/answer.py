@@ -32,7 +32,6 @@ class Answer:
     asked: bool = False
     holds: bool = False
     first_token: float | None = None
-    last_token: float | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     _unsent: list[int] = field(default_factory=list)
     _unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -46,7 +45,6 @@ class Answer:
         """One more token: what to tell, and the reason if this was the last."""
         if self.first_token is None:
             self.first_token = now
-        self.last_token = now
         self.seq.tokens.append(chosen.token)
         if chosen.token in self.ticket.ending:
             self.stopped_by = chosen.token
@@ -60,6 +58,7 @@ class Answer:
         reason = self._reason()
         if reason is not None:
             text += self.stream.finish()
+            reason = self._reason()
         elif not text and not self._unsent_logprobs:
             return [], None
         return list(self._flush(text)), reason

@@ -25,7 +25,7 @@ class TextStream:
         self.text = ""
         self.stopped: str | None = None
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stop = self._stop_now = tuple(stop)
         self._include = include_stop
         self._ids: list[int] = []
         self._start = self._shown_to = 0
@@ -42,6 +42,7 @@ class TextStream:
         While `may_stop` is false, stop strings are text like any other.
         """
         self._ids.append(token)
+        self._stop_now = self._stop if may_stop else ()
         before = self._decode(self._ids[self._start : self._shown_to])
         now = self._decode(self._ids[self._start :])
         end = len(self._ids)
@@ -51,17 +52,17 @@ class TextStream:
             end = next(cut for cut in range(end - _REST, end + 1) if self._decodes_apart(now, cut))
             now = self._decode(self._ids[self._start : end])
         self._start, self._shown_to = self._shown_to, end
-        return self._show(now[len(before) :], self._stop if may_stop else ())
+        return self._show(now[len(before) :], self._stop_now)
 
     def finish(self) -> str:
-        """The answer has ended for another reason: whatever was held back is text after all."""
+        """The answer has ended for another reason: whatever was held back is text after all, up to a stop string in it."""
         if self.stopped is not None:
             return ""
         before = self._decode(self._ids[self._start : self._shown_to])
-        rest = self._held + self._decode(self._ids[self._start :])[len(before) :]
-        self._held = ""
+        shown = self._show(self._decode(self._ids[self._start :])[len(before) :], self._stop_now)
+        rest, self._held = self._held, ""
         self.text += rest
-        return rest
+        return shown + rest
 
     def _decodes_apart(self, whole: str, cut: int) -> bool:
         return self._decode(self._ids[self._start : cut]) + self._decode(self._ids[cut:]) == whole
