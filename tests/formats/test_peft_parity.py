@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.formats.tiny import gpt2, llama, stir
 from tests.laws.world import fresh, method, world
 from veneer.adapter import Adapter
-from veneer.errors import TargetError
+from veneer.errors import FormatError, TargetError
 from veneer.inject.attach import ModuleSource, attach
 from veneer.inject.create import create
 from veneer.methods import complete, completed, folded, method_of, parse
@@ -111,6 +111,43 @@ def both_ways(base: Any, model: Any, folder: Path) -> Adapter:
 def test_lora_on_a_llama(name: str, tmp_path: Path) -> None:
     base = llama()
     both_ways(base, wrapped(copy.deepcopy(base), lora_config(LORA[name])), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "mica", False])
+def test_starts_that_leave_the_base_alone(start: str | bool, tmp_path: Path) -> None:
+    base = llama()
+    fields = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": start}
+    both_ways(base, wrapped(copy.deepcopy(base), lora_config(fields)), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_factors_for_a_changed_base_are_refused_and_their_conversion_is_read(start: str, tmp_path: Path) -> None:
+    """PEFT took B A out of the base at the start, so the trained factors alone are another function of the plain base."""
+    base = llama()
+    config = lora_config({"target_modules": ["q_proj", "down_proj"], "init_lora_weights": start})
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    stir(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "unconverted")
+    with pytest.raises(FormatError, match=f"init_lora_weights '{start}'") as refused:
+        Adapter.load(tmp_path / "unconverted")
+    assert "path_initial_model_for_weight_conversion" in str(refused.value.help)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    found = logits(put_into(base, Adapter.load(tmp_path / "converted")))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga", "loftq"])
+def test_starts_that_peft_prepares_apart_are_refused_too(start: str, tmp_path: Path) -> None:
+    base = llama()
+    wrapped(copy.deepcopy(base), lora_config({"target_modules": ["q_proj"]})).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "init_lora_weights": start}))
+    with pytest.raises(FormatError, match=f"init_lora_weights '{start}'"):
+        Adapter.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,15 @@ _DECODER = re.compile(
     r"|model\.embed_tokens|model\.norm|transformer\.w[tp]e|transformer\.ln_f|gpt_neox\.embed_in|lm_head|embed_out)"
 )
 
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Values of init_lora_weights (pissa_niter_N too) with which PEFT changes the base's weights. The others leave them alone."""
+_ON_RESIDUAL = "if the base you name is that changed base, set init_lora_weights to true in the config"
+_CONVERT = (
+    "save it from PEFT with model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START), where START is the "
+    f"adapter saved before its first step with init_lora_weights=True; {_ON_RESIDUAL}"
+)
+_LOFTQ = f"merge it with PEFT, on the base it was trained on; {_ON_RESIDUAL}"
+
 _EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
 _VOCABULARY = frozenset({"embed_tokens", "wte", "embed_in", "lm_head", "embed_out"})
 """The last names of input and output embeddings: PEFT's `save_embedding_layers` writes them whole, where they grew too."""
@@ -101,6 +110,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: s
     method = _method_for(config, where)
     form = method.peft
     assert form is not None
+    _check_start(config, where)
     _checked(Containers, config, where)
     found = sort_keys(tensors, form)
     reading = _Reading()
@@ -155,6 +165,21 @@ def _method_for(config: Mapping[str, Any], where: str) -> type[Method]:
         f"{where}/{CONFIG} has peft_type {wanted!r}, which veneer does not have",
         help=f"known: {', '.join(known)}",
     )
+
+
+def _check_start(config: Mapping[str, Any], where: str) -> None:
+    """Refuse factors that belong on a residual: these starts take their own first update out of the base.
+
+    PEFT computes the residual again when it loads such a folder, or (LoRA-GA, CorDA) cannot; on the plain base the factors
+    are another function. `path_initial_model_for_weight_conversion` writes the same adapter for the plain base.
+    """
+    start = str(config.get("init_lora_weights", True)).lower()
+    if config.get("peft_type") == "LORA" and start.startswith(CHANGES_THE_BASE):
+        raise FormatError(
+            f"{where}/{CONFIG} has init_lora_weights '{start}': its factors belong on the base less their first update, "
+            "not on the base itself",
+            help=_CONVERT if start != "loftq" else _LOFTQ,
+        )
 
 
 def _own_parts(
