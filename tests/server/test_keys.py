@@ -127,6 +127,16 @@ def test_keys_over_http(guarded: Running) -> None:
     assert "alice" in listed
 
 
+def test_an_error_names_no_adapter_that_the_key_may_not_use(guarded: Running) -> None:
+    """The hint on a name that is not there knows all names; a restricted key is sent to its own list instead."""
+    for asked in ("nothing-like-it", "legal-nothing", "loca", "tickets@nothing"):
+        told = guarded.client(ALICE).post("/v1/completions", json={"model": asked, "prompt": "a"})
+        assert told.status_code == 404 and "/v1/models" in told.text
+        assert "local" not in told.text and "known:" not in told.text
+    shown = guarded.client(ADMIN).post("/v1/completions", json={"model": "tickts", "prompt": "a"})
+    assert shown.status_code == 404 and "did you mean 'tickets'" in shown.text
+
+
 def test_limits_over_http(guarded: Running) -> None:
     tight = guarded.client(TIGHT)
     codes = [tight.post("/v1/completions", json={**BODY, "model": "tickets"}) for _ in range(3)]

@@ -66,7 +66,7 @@ class Service:
                 help=f"set model to '{self.base.name}' and list all in the adapter field",
             )
         wanted = list(adapters) if named is None else [Use(named)]
-        found = [self._one(use, draw) for use in wanted]
+        found = [self._one(use, draw, key) for use in wanted]
         names: list[str | None] = [name for _, name, _ in found]
         for name in names or [None]:
             if not key.may_use(name):
@@ -83,7 +83,7 @@ class Service:
             return None
         return model.removeprefix(f"{self.base.name}:")
 
-    def _one(self, use: Use, draw: float | None) -> tuple[Use, str, str]:
+    def _one(self, use: Use, draw: float | None, key: Key) -> tuple[Use, str, str]:
         local = self.engine.residency.local
         if use.name in local:
             found = local.resolve(use.name)
@@ -93,6 +93,11 @@ class Service:
             version = self.shelf.version_of(use.name, draw)
         except ConfigError as error:
             raise NotFound(f"no model is called {use.name[:100]!r}", help=error.message) from error
+        except NotFound as error:
+            if "*" in key.adapters:
+                raise
+            # The hint names adapters that are there, and this key may not know of all of them.
+            raise NotFound(error.message, help="`GET /v1/models` lists what this key may use") from error
         self.names[version.digest] = version.ref
         return Use(version.ref, use.scale), version.name, version.digest
 
