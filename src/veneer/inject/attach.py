@@ -30,17 +30,17 @@ class ModuleSource:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._layers = {path: m for path, m in model.named_modules() if host_kind(m) is not None}
-        hosts = {path: _shape(module) for path, module in self._layers.items()}
+        self.layers = {path: m for path, m in model.named_modules() if host_kind(m) is not None}
+        hosts = {path: _shape(module) for path, module in self.layers.items()}
         head = _head_path(model)
         self.shape = BaseShape(0, 0, 0, 0, 0, 0, hosts, head=head)
 
     def host(self, target: str) -> Host:
-        if target not in self._layers:
+        if target not in self.layers:
             raise NotFound(
-                f"the model has no adaptable layer called '{target}'", help=did_you_mean(target, list(self._layers))
+                f"the model has no adaptable layer called '{target}'", help=did_you_mean(target, list(self.layers))
             )
-        return module_host(self._layers[target])
+        return module_host(self.layers[target])
 
 
 def host_kind(module: nn.Module) -> HostKind | None:
@@ -67,9 +67,29 @@ def module_host(module: nn.Module) -> Host:
             f"a {type(module).__name__} stores {weight.dtype}, not numbers that an adapter can be trained around",
             help='load the base in 16 bit, or natively with quantize="nf4"',
         )
+    _check_product(module, kind)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return ConvHost(module)
     return DenseHost(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, kind=kind)
+
+
+def _check_product(module: nn.Module, kind: HostKind) -> None:
+    """Refuse a layer that computes something else than its kind does, which an adapter around its weight would leave out."""
+    plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    of_kind = next((c for c in plain if isinstance(module, c)), type(module))
+    own = type(module).forward is not of_kind.forward and output_scale(module) is None
+    if own or (isinstance(module, nn.Embedding) and module.max_norm is not None):
+        what = "a forward of its own" if own else "max_norm, so it changes its table as it is read"
+        raise Unsupported(
+            f"a {type(module).__name__} has {what}: what an adapter adds to its weight is not known",
+            help=f"leave these layers out of `targets`, or put a plain {of_kind.__name__} in their place",
+        )
+
+
+def output_scale(module: nn.Module) -> Tensor | float | None:
+    """What an embedding multiplies its rows by (Gemma's and BART's sqrt(hidden)); None where it has no such number."""
+    scale = getattr(module, "embed_scale", None)
+    return scale if isinstance(module, nn.Embedding) and isinstance(scale, Tensor | float | int) else None
 
 
 _HELD: MutableMapping[Tensor, tuple[bool, int]] = WeakTensorKeyDictionary()
@@ -155,9 +175,28 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
         layer = model.get_submodule(path)
         on_host = host_kind(layer) is not None and all(part.site != "sublayer" for _, part in methods)
         layers[path] = (
-            AdaptedLayer(layer, module_host(layer), methods, shared) if on_host else AdaptedModule(layer, methods, {})
+            AdaptedLayer(layer, module_host(layer), methods, shared, scale=output_scale(layer))
+            if on_host
+            else AdaptedModule(layer, methods, {})
         )
+    _share_tables(model, source, layers)
     return Handle(model, adapter, layers)
+
+
+def _share_tables(model: nn.Module, source: ModuleSource, layers: dict[str, Adapted]) -> None:
+    """What replaces rows of an embedding replaces them for all that read the same tensor: a tied head, a second embedding."""
+    for adapted in list(layers.values()):
+        if not (isinstance(adapted, AdaptedLayer) and adapted.replaces and isinstance(adapted.layer, nn.Embedding)):
+            continue
+        for path, module in source.layers.items():
+            if module is adapted.layer or module.weight is not adapted.layer.weight:
+                continue
+            if isinstance(model.get_submodule(path.rpartition(".")[0]), Adapted):
+                raise Conflict(f"'{path}' reads the table that this adapter changes, and carries one already")
+            reader = layers.get(path) or AdaptedLayer(module, module_host(module), (), {}, scale=output_scale(module))
+            assert isinstance(reader, AdaptedLayer)
+            if not reader.replaces:
+                reader.tied, layers[path] = adapted.table, reader
 
 
 def _place_problems(model: nn.Module, source: ModuleSource, method: Method, part: Part) -> list[str]:

@@ -6,7 +6,7 @@ replaced, or a sublayer with a bottleneck on its output. The wrapped module stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,11 +55,37 @@ class Adapted(nn.Module):
 
 
 class AdaptedLayer(Adapted):
-    """A layer with a host: replaced tensors first, then each part on the output of the one before."""
+    """A layer with a host: replaced tensors first, then each part on the output of the one before.
 
-    def __init__(self, layer: nn.Module, host: Host, methods: Sequence[Bound], shared: Mapping[str, Tensor]) -> None:
+    scale  what the layer multiplies its output by, as some embeddings do
+    tied   the table `[rows, width]` of an embedding that reads the same tensor, where an adapter replaces rows there
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        host: Host,
+        methods: Sequence[Bound],
+        shared: Mapping[str, Tensor],
+        *,
+        scale: Tensor | float | None = None,
+    ) -> None:
         super().__init__(layer, sorted(methods, key=lambda bound: bound[1].site != "override"), shared)
-        self.host = host
+        self.host, self.scale = host, scale
+        self.tied: Callable[[], Tensor] | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a part brings a weight of its own."""
+        return any(part.site == "override" for _, part in self.methods)
+
+    def table(self) -> Tensor:
+        """An embedding's rows `[rows, width]` with what replaces them in place."""
+        host = self.host
+        for method, part in self.live():
+            if part.site == "override":
+                host = _Replaced(host, *method.merged(part, host))
+        return host.weight().t()
 
     @property
     def weight(self) -> Tensor:
@@ -77,13 +103,24 @@ class AdaptedLayer(Adapted):
         if not self.enabled:
             bare: Tensor = self.layer(x)
             return bare
-        host = self.host
+        host = self._untied()
+        output = None
         for method, part in self.live():
             rate = float(dict(method).get("dropout", 0.0)) if self.training else 0.0
             output = _dropped(method, x, part, host, rate) if rate else method.forward(x, part, host)
             replaces = part.site == "override"
             host = _Replaced(host, *method.merged(part, host)) if replaces else _Around(host, output)
-        return output
+        output = host.apply(x) if output is None else output
+        if self.scale is None:
+            return output
+        return output * (self.scale.to(output.dtype) if isinstance(self.scale, Tensor) else self.scale)
+
+    def _untied(self) -> Host:
+        """The layer's host, on the table that the adapter gives the embedding it is tied to."""
+        if self.tied is None:
+            return self.host
+        table = self.tied()
+        return _Replaced(self.host, table.t() if self.host.shape.kind == "embedding" else table, self.host.bias)
 
 
 def _dropped(method: Method, x: Tensor, part: Part, host: Host, rate: float) -> Tensor:
