@@ -22,7 +22,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 PACKAGE = SRC / "veneer"
 
 RANKS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "files", "registry", "types", "adapter"),
+    0: ("errors", "files", "yaml_file", "registry", "types", "adapter"),
     1: ("ops",),
     2: ("base",),
     3: ("models", "methods", "inits"),
@@ -232,7 +232,16 @@ def test_bookkeeping_and_cli_do_not_import_torch() -> None:
     problems = []
     for edge in edges():
         bookkeeping = edge.module.rsplit(".", 1)[-1] in WITHOUT_TORCH and unit(edge.module) == "engine"
-        light = bookkeeping or unit(edge.module) in ("cli", "errors", "files", "registry", "types", "adapter", LAZY)
+        light = bookkeeping or unit(edge.module) in (
+            "cli",
+            "errors",
+            "files",
+            "yaml_file",
+            "registry",
+            "types",
+            "adapter",
+            LAZY,
+        )
         if light and edge.when == "load" and edge.target.split(".")[0] in HEAVY:
             problems.append(str(edge))
     fail_if(problems, "import it inside the function that uses it, or under TYPE_CHECKING for an annotation")

@@ -1,15 +1,18 @@
 """Names that users type, and what they stand for.
 
 A `Registry` is a dict with a decorator to fill it and an error that suggests; `Latest` is one that forgets. `discover` imports
-every public module of a package once, so that a method, an init or a rule is one file: dropping it in is enough. `Declared` is
-the base of what has keys and values: methods, and the sections of a run file.
+every public module of a package once, so that a method, an init or a rule is one file: dropping it in is enough. `selects` is
+what a selector means, wherever module paths are named. `Declared` is the base of what has keys and values: methods, and the
+sections of a run file.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from threading import Lock
 from typing import Any, Generic, TypeVar, get_args
@@ -30,6 +33,25 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def selects(selector: str, target: str) -> bool:
+    """Whether a selector means the module path `target`: its name, a dotted suffix, a glob, or re:REGEX (whole name).
+
+    >>> selects("q_proj", "model.layers.0.q_proj"), selects("layers.0.*", "model.layers.0.q_proj"), selects("proj", "q_proj")
+    (True, True, False)
+    """
+    if selector.startswith("re:"):
+        try:
+            return re.fullmatch(selector[3:], target) is not None
+        except re.error as error:
+            raise ConfigError(
+                f"the selector '{selector}' is not a regular expression: {error}",
+                help="write a name, a glob, or re:REGEX",
+            ) from error
+    if any(c in selector for c in "*?["):
+        return fnmatch.fnmatchcase(target, selector) or fnmatch.fnmatchcase(target, f"*.{selector}")
+    return target == selector or target.endswith("." + selector)
 
 
 class Declared(BaseModel):

@@ -56,6 +56,7 @@ def test_a_recipe_does_what_the_call_does_and_is_recorded(tmp_path: Path) -> Non
         ("adapters: {}", "adapters"),
         ("[1, 2]", "keys and values"),
         ("a: [", "not YAML"),
+        ("rule: ties\nadapters:\n  a: {path: a}\n  a: {path: b}", "r.yaml:4: 'adapters.a' is given twice"),
         ("adapters: {a: {path: a, weight: .nan}}", "adapters.a.weight"),
     ],
 )

@@ -13,7 +13,7 @@ from veneer import methods
 from veneer.adapter import Adapter
 from veneer.algebra import combination, combine, interference
 from veneer.errors import ConfigError, NeedsBase, Unsupported
-from veneer.inject import create
+from veneer.inject import attached, create
 from veneer.methods.lora import LoRA
 from veneer.models.base import Base
 from veneer.models.load import load_base
@@ -82,6 +82,39 @@ def test_biases_are_other_parts(base: Base) -> None:
         combine({"bias": bias, "lora": lora})
     kept = combine({"bias": bias, "lora": lora}, others="keep")
     assert {p.kind for p in kept.parts} == {"lora", "bitfit"}
+
+
+def test_a_kept_part_would_lose_settings_that_a_lora_has_no_field_for(base: Base) -> None:
+    lora = trained(base, {"kind": "lora", **O})
+    odd = trained(base, {"kind": "bottleneck", "activation": "gelu", "strength": 2.0})
+    with pytest.raises(Unsupported, match=r"layers\.0\.mlp_out has activation='gelu'") as refused:
+        combine({"lora": lora, "odd": odd}, others="keep")
+    assert "strength=2.0" in str(refused.value)
+    plain = trained(base, {"kind": "bottleneck"})
+    kept = combine({"lora": lora, "plain": plain}, others="keep")
+    with attached(base, Adapter(lora.spec, (*lora.parts, *plain.parts))):
+        expected = base.logits([[1, 2, 3, 4]])
+    with attached(base, kept):
+        torch.testing.assert_close(base.logits([[1, 2, 3, 4]]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_behind_virtual_tokens_is_folded_before_they_are_kept(base: Base) -> None:
+    lora = trained(base, {"kind": "lora", **O})
+    tokens = trained(base, {"kind": "ptuning", "encoder": "lstm", "num_tokens": 3})
+    kept = combine({"lora": lora, "tokens": tokens}, others="keep").parts[-1]
+    torch.testing.assert_close(kept.tensors["rows"], methods.folded(tokens).parts[0].tensors["rows"])
+
+
+def test_a_sparse_update_is_a_dense_one_in_a_sum_and_in_the_report(base: Base) -> None:
+    shira, lora = trained(base, {"kind": "shira", **O}), trained(base, {"kind": "lora", **O}, 1)
+    made = combine({"shira": shira, "lora": lora}, "cat", base=base, rank=48)
+    for target in lora.targets:
+        wanted = shira.delta(target, base) + lora.delta(target)
+        torch.testing.assert_close(made.delta(target), wanted, rtol=1e-4, atol=1e-5)
+    report = interference({"shira": shira, "lora": lora}, base)
+    assert report.norms["shira"] == pytest.approx(
+        float(torch.cat([shira.delta(t, base).flatten() for t in shira.targets]).norm()), rel=1e-4
+    )
 
 
 def test_a_shifted_start_is_subtracted(base: Base) -> None:

@@ -161,7 +161,7 @@ def test_training_refuses(world: Path, capsys: pytest.CaptureFixture[str], name:
     [
         ("base: [\n", r":2 is not YAML: expected", "brackets"),
         ("base: a\nbase: b\n", r":2: 'base' is given twice", "keep one"),
-        ("- a\n", "holds a list, expected keys", "every key"),
+        ("- a\n", "is no run file: it holds a list, expected keys", "every key"),
         ("", "holds nothing", "every key"),
         ("base: a\n", r"(?s)data: missing.*out: missing", "every key"),
         ("runs: 3\n", "runs must be a list", "runs: "),

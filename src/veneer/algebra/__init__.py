@@ -3,7 +3,7 @@
 A rule is one decorated function in a file of this folder (`linear.py`, `sparse.py`); it sees effective updates, never factors.
 """
 
-from veneer.algebra._combine import Combination, Report, TargetReport, combination, combine, selects
+from veneer.algebra._combine import Combination, Report, TargetReport, combination, combine
 from veneer.algebra._rule import RULES, Product, Updates, load_all, options, rule, schema
 from veneer.algebra.interference import Interference, Pair, interference
 from veneer.algebra.recipe import Recipe, read_recipe, run_recipe
@@ -27,5 +27,4 @@ __all__ = [
     "rule",
     "run_recipe",
     "schema",
-    "selects",
 ]

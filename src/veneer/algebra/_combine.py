@@ -7,13 +7,13 @@ relative error of each target is in the report, which also travels in the proven
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
+from veneer import methods
 from veneer.adapter import Adapter, HostSource, Part, Provenance
 from veneer.algebra._rule import Product, Updates, load_all, options, schema
 from veneer.algebra._sources import is_shared, is_update, source
@@ -21,7 +21,7 @@ from veneer.algebra._spaces import Fit, fitted, product_norm
 from veneer.errors import BaseMismatch, ConfigError, NeedsBase, TargetError, Unsupported, listed
 from veneer.methods.lora import LoRA
 from veneer.ops.threads import side_by_side
-from veneer.registry import did_you_mean
+from veneer.registry import did_you_mean, selects
 from veneer.types import HostKind
 
 Weighted: TypeAlias = Adapter | tuple[Adapter, float]
@@ -114,7 +114,7 @@ def combination(
     _refuse_other_bases(bare, allow_base_mismatch)
     chosen = _chosen_targets(list(bare.values()), include, exclude)
     table = _weights(pairs, weights or {}, chosen)
-    kept, dropped = _other_parts(bare, others)
+    kept, dropped = _other_parts({name: methods.folded(adapter) for name, adapter in bare.items()}, others)
     sources = _Sources(bare, base)
     sources.check(chosen)
 
@@ -235,25 +235,6 @@ def _refuse_other_bases(adapters: Mapping[str, Adapter], reason: str | None) -> 
         )
 
 
-def selects(selector: str, target: str) -> bool:
-    """Whether a selector means `target`: its name, a dotted suffix, a glob, or re:REGEX (whole name).
-
-    >>> selects("q_proj", "model.layers.0.q_proj"), selects("layers.0.*", "model.layers.0.q_proj"), selects("proj", "q_proj")
-    (True, True, False)
-    """
-    if selector.startswith("re:"):
-        try:
-            return re.fullmatch(selector[3:], target) is not None
-        except re.error as error:
-            raise ConfigError(
-                f"the selector '{selector}' is not a regular expression: {error}",
-                help="write a name, a glob, or re:REGEX",
-            ) from error
-    if any(c in selector for c in "*?["):
-        return fnmatch.fnmatchcase(target, selector) or fnmatch.fnmatchcase(target, f"*.{selector}")
-    return target == selector or target.endswith("." + selector)
-
-
 def _chosen_targets(adapters: Sequence[Adapter], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """All targets with a weight update that the selectors leave, in the order of the first adapter that has them."""
     found = dict.fromkeys(p.target for a in adapters for p in a.parts if is_update(p) and p.target is not None)
@@ -314,7 +295,18 @@ def _other_parts(adapters: Mapping[str, Adapter], others: Others) -> tuple[list[
         raise Unsupported(
             f"several adapters carry the same part:\n{listed(shared)}", help="others='drop' leaves them out"
         )
-    return [owners[0][1] for owners in found.values()], []
+    kept = [(name, part, methods.method_of(adapters[name], part)) for ((name, part),) in found.values()]
+    if unlike := [
+        f"{name}: {_place(part)} has {field}={getattr(method, field)!r}"
+        for name, part, method in kept
+        for field in method.settings
+        if getattr(method, field) != type(method).model_fields[field].get_default()
+    ]:
+        raise Unsupported(
+            f"the result is a LoRA, which has no room for settings of other parts:\n{listed(unlike)}",
+            help="others='drop' leaves them out, and the adapter that has them stays one of its own",
+        )
+    return [part for _, part, _ in kept], []
 
 
 def lora_spec(parts: Sequence[Part]) -> LoRA:

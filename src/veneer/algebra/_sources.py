@@ -83,7 +83,7 @@ def source(adapter: Adapter, part: Part, base: HostSource | None) -> Source:
     target = part.target
     assert target is not None
     part = methods.complete(adapter if base is None else methods.completed(adapter, base), part)
-    part = replace(part, tensors={k: v.detach().to("cpu", torch.float64) for k, v in part.tensors.items()})
+    part = replace(part, tensors={name: _exact(tensor) for name, tensor in part.tensors.items()})
     method = methods.method_of(adapter, part)
     host: Host = _Absent(target, part.kind) if base is None else base.host(target)
     primitives = method.lower(part, host)
@@ -92,6 +92,11 @@ def source(adapter: Adapter, part: Part, base: HostSource | None) -> Source:
         a, b = stacked(primitives)
         return Source(b, a, a.shape[0], dense=False)
     return Source(*dense_factors(_dense_update(method, part, host)), stored, dense=True)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A tensor in fp64 on the CPU; indices stay whole numbers."""
+    return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
 
 def stacked(primitives: Sequence[Primitive]) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from veneer import yaml_file
 from veneer.adapter import Adapter, HostSource
 from veneer.algebra._combine import Combination, Others, combination
 from veneer.errors import ConfigError, complaints, listed
@@ -58,12 +58,7 @@ class Recipe(BaseModel):
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file, or one ConfigError that lists everything wrong with it."""
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} should hold keys and values, it holds {type(fields).__name__}")
+    fields, _ = yaml_file.read(path, "recipe", "docs/howto/combine.md shows one")
     recipe = recipe_of(fields, f"{path} is not a recipe")
     entries = {n: e.model_copy(update={"path": str(path.parent / e.path)}) for n, e in recipe.adapters.items()}
     return recipe.model_copy(update={"adapters": entries})

@@ -2,7 +2,7 @@
 
     all-linear        every linear layer and Conv1D except the output head
     q_proj            the last names of a module path: `q_proj`, `self_attn.q_proj`, or the whole path
-    *.mlp.*           a glob over the whole path
+    mlp.*             a glob over the whole path, or over its last names
     re:.*layers\\.[0-3]\\..*   a regular expression that matches the whole path
 
 `exclude` takes the same words. `layers` keeps blocks by number: `[0, 1]`, `first:4`, `last:8`. Every entry must match something,
@@ -12,14 +12,13 @@ adapter.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.errors import ConfigError, TargetError, listed
-from veneer.registry import did_you_mean
+from veneer.errors import TargetError, listed
+from veneer.registry import did_you_mean, selects
 from veneer.types import BaseShape, HostShape
 
 
@@ -77,15 +76,7 @@ def matching(entry: str, shape: BaseShape) -> Iterable[str]:
     """The module paths that one selector names, in checkpoint order."""
     if entry == "all-linear":
         return [p for p, h in shape.hosts.items() if h.kind in ("linear", "conv1d") and p != shape.head]
-    if entry.startswith("re:"):
-        try:
-            pattern = re.compile(entry[3:])
-        except re.error as error:
-            raise ConfigError(f"targets: '{entry}' is not a regular expression: {error}") from error
-        return [p for p in shape.hosts if pattern.fullmatch(p)]
-    if any(c in entry for c in "*?["):
-        return [p for p in shape.hosts if fnmatch.fnmatchcase(p, entry)]
-    return [p for p in shape.hosts if p == entry or p.endswith(f".{entry}")]
+    return [p for p in shape.hosts if selects(entry, p)]
 
 
 def layer_of(path: str) -> int | None:

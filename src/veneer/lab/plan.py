@@ -21,17 +21,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from veneer import __version__
+from veneer import __version__, yaml_file
 from veneer.data import file_digest
 from veneer.errors import ConfigError, listed
 from veneer.registry import Declared, did_you_mean
 from veneer.train.config import (
+    RUN_FILE,
     BaseFormat,
     TrainConfig,
     apply_override,
     explain,
     method_from,
-    read_yaml,
     resolve_paths,
 )
 
@@ -145,7 +145,7 @@ def read(path: Path | None, overrides: Sequence[str], examples: Path) -> Compari
     """The comparison of a YAML file (None: the project's own, on the demo data in `examples`), `A.B=C` texts laid over it."""
     values: dict[str, Any] = deepcopy(dict(DEFAULTS))
     if path is not None:
-        own, origins = read_yaml(path)
+        own, origins = yaml_file.read(path, *RUN_FILE)
         resolve_paths(own, origins, path.parent)
         values = {**values, **own, "train": {**values["train"], **_section(own, "train")}}
     if "data" not in values:

@@ -104,6 +104,8 @@ class Method(Declared, ABC):
     why_not_mergeable: ClassVar[str] = "its update is not a change of the weight"
     dense: ClassVar[bool] = False
     """Whether a weight part is lowered to the whole weight (`Override`), so that it costs a dense tensor for each layer."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Fields that a part off the weights depends on beside its tensors. An adapter of another method can't hold them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

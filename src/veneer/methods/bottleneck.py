@@ -50,6 +50,7 @@ class Bottleneck(Method):
     use: ClassVar[str] = "many tasks as modules beside each other, where merging is not needed"
     limits: ClassVar[str] = "not mergeable; two more products per sublayer when served"
     why_not_mergeable: ClassVar[str] = "it is not linear"
+    settings: ClassVar[tuple[str, ...]] = ("style", "activation", "strength")
 
     style: Literal["houlsby", "pfeiffer", "parallel"] = Field("pfeiffer", description="where it sits")
     size: int | None = Field(None, ge=1, description="width; by default hidden/16, and hidden/2 for parallel")

@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from veneer import yaml_file
 from veneer.errors import Busy, ConfigError, Denied, complaints, listed
 from veneer.library.resolve import BASE
 
@@ -79,15 +80,12 @@ def new_key(name: str) -> tuple[str, str]:
 
 def read_keys(path: Path) -> tuple[Key, ...]:
     """The keys of a file; everything wrong with it is in one error."""
-    try:
-        value = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    help = "`veneer serve --new-key NAME` shows an entry"
+    value, _ = yaml_file.read(path, "keys file", help)
     try:
         keys = _File.model_validate(value).keys
     except ValidationError as error:
         problems = complaints(error.errors())
-        help = "`veneer serve --new-key NAME` shows an entry"
         raise ConfigError(f"{path} is not a keys file:\n{listed(problems)}", help=help) from error
     names = [key.name for key in keys]
     twice = sorted({name for name in names if names.count(name) > 1})

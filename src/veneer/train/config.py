@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from veneer import yaml_file
 from veneer.base import formats
-from veneer.errors import ConfigError, NotFound, complaints, listed
+from veneer.errors import ConfigError, complaints, listed
 from veneer.methods import METHODS, Method, load_all, parse
 from veneer.registry import Declared, did_you_mean
 
 Auto = Literal["auto"]
-YAML_HELP = "close brackets and quotes, and indent with spaces; quote a text that has a colon in it"
 KEYS_HELP = "`veneer train --help` shows every key"
+RUN_FILE = ("run file", f"write one; {KEYS_HELP}")
 
 
 def _known_format(value: str | None) -> str | None:
@@ -167,53 +168,6 @@ def _section_of(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
     return model
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a run file, and the line that each of them stands on."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotFound(
-            f"there is no run file at {path}", help="write one; `veneer train --help` shows an example"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}", help="give a run file, a text file in YAML") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{_place(path, error)} is not YAML: {_reason(error)}", help=YAML_HELP) from error
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(f"{path} holds {found}, expected keys and values", help=KEYS_HELP)
-    origins: dict[str, str] = {}
-    _collect_origins(node, "", path.name, origins)
-    return values, origins
-
-
-def _place(path: Path, error: yaml.YAMLError) -> str:
-    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-    return f"{path}:{mark.line + 1}" if mark is not None else str(path)
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    return str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else str(error).replace("\n", " ")
-
-
-def _collect_origins(node: yaml.MappingNode, prefix: str, file: str, origins: dict[str, str]) -> None:
-    seen: set[str] = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise ConfigError(
-                f"{file}:{key.start_mark.line + 1}: '{prefix}{key.value}' is given twice", help="keep one of the two"
-            )
-        seen.add(key.value)
-        if isinstance(value, yaml.MappingNode):
-            _collect_origins(value, f"{prefix}{key.value}.", file, origins)
-        else:
-            origins[f"{prefix}{key.value}"] = f"{file}:{key.start_mark.line + 1}"
-
-
 def apply_override(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:
     """Lay one `a.b=value` of the command line over the values."""
     path, equals, text = override.partition("=")
@@ -229,7 +183,9 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[str, str
     try:
         section[name] = _as_number(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {_reason(error)}", help=YAML_HELP) from error
+        raise ConfigError(
+            f"--set {override}: the value is not YAML: {yaml_file.reason(error)}", help=yaml_file.HELP
+        ) from error
     for replaced in [known for known in origins if known.startswith(f"{path}.")]:
         del origins[replaced]
     origins |= dict.fromkeys(leaves({path: section[name]}), "--set")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer import yaml_file
 from veneer.errors import ConfigError
 from veneer.models.base import Base
-from veneer.train.config import Resolved, RunConfig, apply_override, leaves, read_yaml, resolve_paths, validate
+from veneer.train.config import RUN_FILE, Resolved, RunConfig, apply_override, leaves, resolve_paths, validate
 from veneer.train.events import Event
 from veneer.train.run import Task, run_task
 
@@ -29,7 +30,7 @@ class Failed:
 
 def read_runs(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> list[Resolved]:
     """The runs of a file: one, or as many as its `runs` list has entries. They must agree on base, quantize and dtype."""
-    values, origins = read_yaml(path)
+    values, origins = yaml_file.read(path, *RUN_FILE)
     for override in overrides:
         apply_override(override, values, origins)
     entries = values.pop("runs", None)
