@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from veneer.errors import NotFound, TargetError
 from veneer.registry import did_you_mean
-from veneer.types import HostKind, HostShape, Site
+from veneer.types import BaseShape, HostKind, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,8 +164,8 @@ class Adapter:
         """A new adapter whose effective scale is `factor` times this one's. Refused for methods without a scale."""
         return replace(self, spec=self.spec.scaled(factor))
 
-    def misfits(self, part: Part, shape: HostShape) -> list[str]:
-        """Every tensor of a weight part that does not belong on a layer of this size, in words; its rank is as it is."""
+    def misfits(self, part: Part, shape: BaseShape) -> list[str]:
+        """What of `part` does not belong on a base of this shape, in words; its rank is as it is."""
         found: list[str] = _methods().misfits(self, part, shape)
         return found
 

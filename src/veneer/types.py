@@ -28,7 +28,7 @@ kv        per-layer keys and values before position 0, after RoPE
 override  a replaced tensor, or replaced embedding rows
 """
 
-Sublayer: TypeAlias = Literal["attn_in", "attn_out", "mlp_in", "mlp_out"]
+Sublayer: TypeAlias = Literal["attn_out", "mlp_out"]
 
 
 @dataclass(frozen=True, eq=False)

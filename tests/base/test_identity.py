@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.laws.world import fresh, method, world
 from tests.models import gguf_writer, tiny
+from veneer import methods
 from veneer.adapter import Adapter, Part, Provenance
 from veneer.base.identity import GOLDEN, SAMPLES, Hasher, compare, identity_of, same_weights, sampled
 from veneer.errors import BaseMismatch
+from veneer.inject import attached
 from veneer.methods.lora import LoRA
 from veneer.models.base import Base
 from veneer.models.load import load_base
@@ -160,11 +162,11 @@ def test_every_tensor_of_a_part_is_measured_not_only_its_factors(kind: str) -> N
     parts = [p for p in adapter.parts if p.site == "weight" and p.target is not None]
     for part in parts:
         shape = base.shape.hosts[part.target or ""]
-        assert adapter.misfits(part, shape) == []
+        assert adapter.misfits(part, base.shape) == []
         larger = replace(shape, in_features=shape.in_features + 1, out_features=shape.out_features + 1)
-        told = adapter.misfits(part, larger)
+        told = adapter.misfits(part, replace(base.shape, hosts={part.target or "": larger}))
         sized = [n for n, t in part.tensors.items() if {shape.in_features, shape.out_features} & set(t.shape)]
-        assert sized and all(any(line.startswith(f"{name} is") for line in told) for name in sized)
+        assert sized and all(any(line.startswith(f"{part.target}: {name} is") for line in told) for name in sized)
     assert parts
 
 
@@ -173,13 +175,45 @@ def test_a_part_of_another_rank_than_the_spec_says_still_fits() -> None:
     part = adapter.parts[0]
     shape = world().shape.hosts[part.target or ""]
     doubled = {"A": part.tensors["A"].repeat(2, 1), "B": part.tensors["B"].repeat(1, 2)}
-    assert adapter.misfits(replace(part, tensors=doubled), shape) == []
+    assert adapter.misfits(replace(part, tensors=doubled), world().shape) == []
     torn = {"A": doubled["A"], "B": part.tensors["B"]}
     out, inp = shape.out_features, shape.in_features
-    assert adapter.misfits(replace(part, tensors=torn), shape) == [
-        f"B is [{out}, 3], expected [{out}, 6] for {out} x {inp}"
+    assert adapter.misfits(replace(part, tensors=torn), world().shape) == [
+        f"{part.target}: B is [{out}, 3], expected [{out}, 6] for {out} x {inp}"
     ]
 
 
 def test_a_single_number_counts_too() -> None:
     assert identity_of({"x": torch.tensor(1.0)}) != identity_of({"x": torch.tensor(2.0)})
+
+
+OFF_WEIGHTS = {
+    "a layer that is not there": ("bottleneck", "layers.9.mlp_out", {}, "layers.9.mlp_out is not a sublayer"),
+    "a sublayer that is not there": ("bottleneck", "layers.0.attn_in", {}, "layers.0.attn_in is not a sublayer"),
+    "too narrow": ("bottleneck", "layers.0.mlp_out", {"down": (4, 16)}, r"down is \[4, 16\], expected \[any, 48\]"),
+    "rows of another width": ("prompt", None, {"rows": (2, 16)}, r"rows is \[2, 16\], expected \[any, 48\]"),
+    "a prefix of fewer layers": ("prefix", None, {"key": (1, 2, 2, 16), "value": (1, 2, 2, 16)}, r"expected \[\d, any"),
+    "keys without values": ("prefix", None, {"key": (2, 2, 2, 16), "value": (2, 3, 2, 16)}, "expected equal sizes"),
+}
+
+
+@pytest.mark.parametrize("case", OFF_WEIGHTS)
+def test_what_does_not_act_on_a_weight_has_to_fit_too(case: str, folder: Path) -> None:
+    base = load_base(folder, dtype="float32")
+    kind, target, sizes, told = OFF_WEIGHTS[case]
+    site = methods.load_all()[kind].site
+    part = Part(kind, site, target, {name: torch.zeros(size) for name, size in sizes.items()})
+    adapter = Adapter(methods.parse({"kind": kind}), (part,))
+    with pytest.raises(BaseMismatch, match=told):
+        compare(adapter, base)
+    with pytest.raises(BaseMismatch, match=told), attached(base, adapter):
+        pass
+
+
+def test_attached_refuses_an_adapter_of_other_weights(folder: Path, tmp_path: Path) -> None:
+    base, other = load_base(folder, dtype="float32"), load_base(tiny.checkpoint("qwen2", tmp_path, seed=5), "float32")
+    adapter = adapter_for(base)
+    with pytest.raises(BaseMismatch, match="made for another base"), attached(other, adapter):
+        pass
+    with attached(other, adapter, allow_base_mismatch="on purpose"):
+        assert other.logits([[1, 2]]).isfinite().all()

@@ -129,13 +129,7 @@ def _fit(adapter: Adapter, base: KnownBase) -> None:
     """Every target exists in the base and has its size there."""
     problems: list[str] = []
     for part in adapter.parts:
-        if part.target is None or part.site != "weight":
-            continue
-        host = base.shape.hosts.get(part.target)
-        if host is None:
-            problems.append(f"{part.target} is not a layer of {base.name}")
-            continue
-        problems += [f"{part.target}: {what} in {base.name}" for what in adapter.misfits(part, host)]
+        problems += [f"{what} in {base.name}" for what in adapter.misfits(part, base.shape)]
     if problems:
         raise BaseMismatch(
             f"this adapter does not fit {base.name}:\n{listed(problems)}", help="use the base it was trained on"

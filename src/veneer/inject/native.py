@@ -12,14 +12,20 @@ import torch
 
 from veneer import methods
 from veneer.adapter import Adapter
+from veneer.base.identity import compare
 from veneer.models.bank import Bank, compose
 from veneer.models.base import Base, bound
 from veneer.types import Lowered
 
 
 @contextmanager
-def attached(base: Base, *adapters: Adapter) -> Iterator[Base]:
-    """The base with these adapters on every row. Several share a row where their order does not matter, else `Unsupported`."""
+def attached(base: Base, *adapters: Adapter, allow_base_mismatch: str | None = None) -> Iterator[Base]:
+    """The base with these adapters on every row. Several share a row where their order does not matter, else `Unsupported`.
+
+    `BaseMismatch` where one was made for other weights, unless `allow_base_mismatch` gives a reason, or does not fit these.
+    """
+    for adapter in adapters:
+        compare(adapter, base, allow=allow_base_mismatch)
     bank = bank_of(base, [compose_all(base, adapters)]) if adapters else Bank()
     with bound(base, bank, 0 if adapters else -1):
         yield base

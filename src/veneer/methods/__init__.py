@@ -6,6 +6,7 @@ update, `folded` into what files keep.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -18,7 +19,7 @@ from veneer.errors import NeedsBase, NotFound
 from veneer.methods._abstract import METHODS, Method, PeftForm, Regime
 from veneer.methods._start import BaseView, FactorSource, Place, embedding_path, host_at, start_parts
 from veneer.registry import did_you_mean, discover
-from veneer.types import HostShape, Lowered
+from veneer.types import BaseShape, HostShape, Lowered
 
 __all__ = [
     "METHODS",
@@ -66,8 +67,43 @@ def method_of(adapter: Adapter, part: Part) -> Method:
     return METHODS[part.kind]()
 
 
-def misfits(adapter: Adapter, part: Part, shape: HostShape) -> list[str]:
-    """Every tensor of a weight part whose size is not the one its method has at a layer of this shape. Any rank is right."""
+def misfits(adapter: Adapter, part: Part, shape: BaseShape) -> list[str]:
+    """Why `part` does not fit a base of this shape: a place that is not there, or a tensor of another size. Any rank is right."""
+    if part.site == "weight" and part.target is not None:
+        host = shape.hosts.get(part.target)
+        return [f"{part.target} is not a layer"] if host is None else _missized(adapter, part, host)
+    return _misplaced(part, shape)
+
+
+def _misplaced(part: Part, shape: BaseShape) -> list[str]:
+    """`misfits` of what does not act on a weight. Replaced tensors are looked at when they are packed."""
+    tensors = part.tensors
+    if part.site == "sublayer":
+        match = re.fullmatch(r"layers\.(\d+)\.(attn_out|mlp_out)", part.target or "")
+        if match is None or int(match[1]) >= shape.layers:
+            return [
+                f"{part.target} is not a sublayer: layers.0 to layers.{shape.layers - 1}, each .attn_out and .mlp_out"
+            ]
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "sublayer": {"down": (None, shape.hidden), "up": (shape.hidden, None), "up_bias": (shape.hidden,)},
+        "tokens": {"rows": (None, shape.hidden)},
+        "kv": dict.fromkeys(("key", "value"), (shape.layers, None, shape.kv_heads, shape.head_dim)),
+    }.get(part.site, {})
+    if "key" in tensors and tensors["key"].shape != tensors["value"].shape:
+        return [
+            f"prefix: key is {list(tensors['key'].shape)}, value {list(tensors['value'].shape)}, expected equal sizes"
+        ]
+    found = []
+    for name, expected in wanted.items():
+        size = tensors[name].shape if name in tensors else expected
+        if len(size) != len(expected) or any(n not in (None, m) for m, n in zip(size, expected, strict=True)):
+            told = ", ".join("any" if n is None else str(n) for n in expected)
+            found.append(f"{part.target or part.kind}: {name} is {list(size)}, expected [{told}]")
+    return found
+
+
+def _missized(adapter: Adapter, part: Part, shape: HostShape) -> list[str]:
+    """Tensors of a weight part whose size is not the one its method has at a layer of this shape."""
     method, target = method_of(adapter, part), part.target or ""
     declared = method.rank_at(target)
     rank = part.tensors["A"].shape[0] if "A" in part.tensors else declared
@@ -78,7 +114,9 @@ def misfits(adapter: Adapter, part: Part, shape: HostShape) -> list[str]:
         of_rank = [w == declared and (is_told_apart or size[at : at + 1] == (rank,)) for at, w in enumerate(wanted)]
         expected = [rank if is_rank else w for w, is_rank in zip(wanted, of_rank, strict=True)]
         if list(size) != expected:
-            found.append(f"{name} is {list(size)}, expected {expected} for {shape.out_features} x {shape.in_features}")
+            found.append(
+                f"{target}: {name} is {list(size)}, expected {expected} for {shape.out_features} x {shape.in_features}"
+            )
     return found
 
 

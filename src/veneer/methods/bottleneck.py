@@ -109,7 +109,7 @@ class Bottleneck(Method):
         return (self._primitive(part),)
 
     def lower_into(self, lowered: Lowered, part: Part, source: HostSource) -> Lowered:
-        match = re.fullmatch(r"layers\.(\d+)\.(attn_in|attn_out|mlp_in|mlp_out)", part.target or "")
+        match = re.fullmatch(r"layers\.(\d+)\.(attn_out|mlp_out)", part.target or "")
         if match is None:
             raise Unsupported(
                 f"'{part.target}' is a module of another model, not a sublayer of the native decoder",
