@@ -84,17 +84,18 @@ def _misplaced(part: Part, shape: BaseShape) -> list[str]:
             return [
                 f"{part.target} is not a sublayer: layers.0 to layers.{shape.layers - 1}, each .attn_out and .mlp_out"
             ]
-    wanted: dict[str, tuple[int | None, ...]] = {
+    states = (shape.layers, None, shape.kv_heads, shape.head_dim)
+    sizes: dict[str, dict[str, tuple[int | None, ...]]] = {
         "sublayer": {"down": (None, shape.hidden), "up": (shape.hidden, None), "up_bias": (shape.hidden,)},
         "tokens": {"rows": (None, shape.hidden)},
-        "kv": dict.fromkeys(("key", "value"), (shape.layers, None, shape.kv_heads, shape.head_dim)),
-    }.get(part.site, {})
+        "kv": {"key": states, "value": states},
+    }
     if "key" in tensors and tensors["key"].shape != tensors["value"].shape:
         return [
             f"prefix: key is {list(tensors['key'].shape)}, value {list(tensors['value'].shape)}, expected equal sizes"
         ]
     found = []
-    for name, expected in wanted.items():
+    for name, expected in sizes.get(part.site, {}).items():
         size = tensors[name].shape if name in tensors else expected
         if len(size) != len(expected) or any(n not in (None, m) for m, n in zip(size, expected, strict=True)):
             told = ", ".join("any" if n is None else str(n) for n in expected)
