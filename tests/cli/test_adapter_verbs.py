@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from tests import tinylm
 from tests.models.tiny import checkpoint
 from veneer.adapter import Adapter, Provenance
 from veneer.cli.main import run
@@ -224,3 +225,19 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "--format", "gguf", "--base", base, "--out", str(place / "m.gguf")]) == 1
     assert run(["export", "--format", "ggfu", "--out", str(place / "x")]) == 2
     assert "did you mean 'gguf'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [["gguf"], ["gguf-adapter"], ["ollama", "--apart"]])
+def test_an_adapter_of_another_base_is_exported_for_a_reason_only(
+    form: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tinylm.folder(place / "other", hidden_size=48, intermediate_size=96, seed=9))
+    made = create(load_base(other, "float32"), LoRA(rank=2), torch.Generator().manual_seed(0))
+    mine = replace(made, provenance=Provenance(base="0" * 64, base_name="yet another"))
+    mine.save(place / "mine")
+    order = ["export", "--format", *form, "--base", other, "--adapter", str(place / "mine"), "--out", str(place / "x")]
+    assert run(order) == 1
+    assert "made for another base" in capsys.readouterr().err and not (place / "x").exists()
+    assert run([*order, "--allow-base-mismatch", "a trial of mine"]) == 0
+    cards = [*place.glob("x.README.md"), *place.glob("x/README.md")]
+    assert "a trial of mine" in cards[0].read_text()

@@ -42,6 +42,7 @@ class Order:
     filetype: Any
     apart: bool
     untie: bool
+    allow_base_mismatch: str | None
     story: Story
 
     def model(self) -> Base:
@@ -50,6 +51,22 @@ class Order:
         if self.base is None:
             raise ConfigError("--base is missing: this format needs the model")
         return load_base(self.base)
+
+    def checked(self, base: Base) -> dict[str, str]:
+        """How base and adapter were found to belong together, for the card; `BaseMismatch` where they don't."""
+        from veneer.base.identity import compare
+
+        if self.adapter is None:
+            return {}
+        return {"base check": compare(self.adapter, base, allow=self.allow_base_mismatch).detail}
+
+    def merged(self, base: Base) -> Any:
+        """The model to write: the base, or the base with the adapter in it."""
+        from veneer.merge import Merged, store_of
+
+        if self.adapter is None or self.apart:
+            return store_of(base)
+        return Merged(base, self.adapter, untie=self.untie, allow_base_mismatch=self.allow_base_mismatch)
 
     def required(self) -> Adapter:
         if self.adapter is None:
@@ -78,6 +95,9 @@ def command(
     filetype: Annotated[str, typer.Option("--type", help="Of a .gguf file: f32, f16, bf16 or q8_0.")] = "f16",
     apart: Annotated[bool, typer.Option("--apart", help="ollama: keep the adapter in a file of its own.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied head a tensor of its own.")] = False,
+    allow_base_mismatch: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Take an adapter of another base; the card says why.")
+    ] = None,
     licence: Licence = None,
     target: Annotated[
         str | None, typer.Option("--for", help="Only say what this tool (vllm, sglang) could not carry.")
@@ -98,7 +118,8 @@ def command(
         raise Conflict(f"{out} is already there", help="choose a new name, or remove it")
     if not out.is_dir() and card_beside(out).exists():
         raise Conflict(f"{card_beside(out)} is already there", help="the model card goes there; choose a new name")
-    facts = FORMATS[form](Order(out, base, found, filetype, apart, untie, _story(adapter, licence, base)))
+    order = Order(out, base, found, filetype, apart, untie, allow_base_mismatch, _story(adapter, licence, base))
+    facts = FORMATS[form](order)
     files = sorted(out.iterdir() if out.is_dir() else [p for p in (out, card_beside(out)) if p.exists()])
     written = {str(p): p.stat().st_size for p in files}
     if as_json:
@@ -142,14 +163,14 @@ def _check(target: str, adapter: Adapter | None, as_json: bool) -> None:
 def _gguf(order: Order) -> dict[str, str]:
     from veneer.formats.gguf_export import export_model
     from veneer.formats.gguf_words import tokenizer_fields
-    from veneer.merge import Merged, store_of
 
     base = order.model()
-    model = store_of(base) if order.adapter is None else Merged(base, order.adapter, untie=order.untie)
+    facts = order.checked(base)
+    model = order.merged(base)
     order.out.parent.mkdir(parents=True, exist_ok=True)
     words = tokenizer_fields(base.tokenizer, base.config.vocab)
     export_model(model, order.out, words, filetype=order.filetype, name=base.name)
-    order.write_card(card_beside(order.out), "gguf", base, {"type": order.filetype})
+    order.write_card(card_beside(order.out), "gguf", base, {"type": order.filetype, **facts})
     return {}
 
 
@@ -157,9 +178,10 @@ def _gguf_adapter(order: Order) -> dict[str, str]:
     from veneer.formats.gguf_export import export_adapter
 
     adapter, base = order.required(), order.model()
+    facts = order.checked(base)
     order.out.parent.mkdir(parents=True, exist_ok=True)
     export_adapter(adapter, base.hf_config, order.out, filetype=order.filetype, name=order.out.stem)
-    order.write_card(card_beside(order.out), "gguf-adapter", base, {"type": order.filetype})
+    order.write_card(card_beside(order.out), "gguf-adapter", base, {"type": order.filetype, **facts})
     return {}
 
 
@@ -168,14 +190,13 @@ def _ollama(order: Order) -> dict[str, str]:
     from veneer.formats.gguf_export import export_adapter, export_model
     from veneer.formats.gguf_words import tokenizer_fields
     from veneer.formats.ollama import modelfile
-    from veneer.merge import Merged, store_of
 
     base = order.model()
+    facts = order.checked(base)
     tokenizer = base.require_tokenizer()
     apart = order.required() if order.apart else None
     text = modelfile(tokenizer, "model.gguf", None if apart is None else "adapter.gguf")
-    inside = None if order.apart else order.adapter
-    model = store_of(base) if inside is None else Merged(base, inside, untie=order.untie)
+    model = order.merged(base)
     words = tokenizer_fields(tokenizer, base.config.vocab)
 
     def write(folder: Path) -> None:
@@ -183,7 +204,7 @@ def _ollama(order: Order) -> dict[str, str]:
         if apart is not None:
             export_adapter(apart, base.hf_config, folder / "adapter.gguf", filetype="f32")
         (folder / "Modelfile").write_text(text, "utf-8")
-        order.write_card(folder / "README.md", "ollama", base, {"type": order.filetype})
+        order.write_card(folder / "README.md", "ollama", base, {"type": order.filetype, **facts})
 
     replace_folder(order.out, frozenset(), write)
     return {"next": f"ollama create {base.name} -f {order.out / 'Modelfile'}"}

@@ -135,10 +135,21 @@ def merge(
 
 
 class Merged:
-    """A base with an adapter in it, as named fp32 tensors that are not rounded yet: what exports to other formats read."""
+    """A base with an adapter in it, as named fp32 tensors that are not rounded yet: what exports to other formats read.
 
-    def __init__(self, base: Base | str | os.PathLike[str], adapter: Adapter, *, untie: bool = False) -> None:
+    `base_check` says how the two were found to belong together; the arguments are those of `merge`.
+    """
+
+    def __init__(
+        self,
+        base: Base | str | os.PathLike[str],
+        adapter: Adapter,
+        *,
+        untie: bool = False,
+        allow_base_mismatch: str | None = None,
+    ) -> None:
         self._store = store_of(base if isinstance(base, Base) else str(base))
+        self.base_check = belongs(self._store, adapter, allow_base_mismatch)
         self._edits = {edit.name: edit for edit in edits(adapter, self._store, untie=untie)}
         self.extra = [name for name in self._edits if name not in self._store]
         self.config = _config(self._store, list(self._edits.values()))

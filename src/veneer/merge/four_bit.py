@@ -30,7 +30,7 @@ from veneer.errors import Conflict, Unsupported
 from veneer.formats.card import Story
 from veneer.formats.folder import replace_folder
 from veneer.merge.exact import set_aside
-from veneer.merge.file import Merged, belongs, stream, write_card
+from veneer.merge.file import Merged, stream, write_card
 from veneer.merge.rounding import overflow
 from veneer.merge.store import BaseStore, Entry, FolderStore, Shard, store_of, write_shards
 from veneer.models.base import Base
@@ -89,8 +89,8 @@ def merge_four_bit(
         )
     whole = base if isinstance(base, Base) else str(base)
     store = store_of(whole)
-    verdict = belongs(store, adapter, allow_base_mismatch)
-    job = _Job(store, Merged(whole, adapter, untie=untie), route, levels, double, seed)
+    merged = Merged(whole, adapter, untie=untie, allow_base_mismatch=allow_base_mismatch)
+    job = _Job(store, merged, route, levels, double, seed)
 
     def write(folder: Path) -> None:
         job.write(folder)
@@ -99,7 +99,7 @@ def merge_four_bit(
         write_card(folder, adapter, replace(told, facts={**told.facts, **facts}), store)
 
     replace_folder(place, frozenset(), write)
-    return FourBitReport(place, route, job.gain, job.gains, verdict)
+    return FourBitReport(place, route, job.gain, job.gains, merged.base_check)
 
 
 class _Job:

@@ -45,6 +45,8 @@ class Tensors(Protocol):
 
     def names(self) -> Sequence[str]: ...
 
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
     def tensor(self, name: str) -> Tensor: ...
 
 
@@ -157,9 +159,12 @@ def edits(adapter: Adapter, tensors: Tensors, *, untie: bool = False) -> list[Ed
                 found[edit.name] = edit
         except VeneerError as error:
             problems.append(error.message)
-    if untie and places.tied and not found.keys() & {f"{places.head}.weight"} and _touches(adapter, places.embedding):
-        head = f"{places.head}.weight"
-        found[head] = Edit(head, places.head, places.table, None, places.shape(places.table, "linear", False))
+    if places.tied and places.head_name not in found and (table := found.get(places.table)) is not None:
+        if table.parts:  # untied: the head stays what it was
+            shape = places.shape(places.table, "linear", False)
+            found[places.head_name] = Edit(places.head_name, places.head, places.table, None, shape)
+        elif places.head_name in tensors:  # replaced rows serve both ends, also where the file has the table twice
+            found[places.head_name] = replace(table, name=places.head_name, target=places.head, source=places.head_name)
     if problems:
         raise TargetError(
             f"this adapter can't be merged into this checkpoint:\n{listed(problems)}", help=_way_out(problems)
@@ -184,22 +189,18 @@ def _not_weights(adapter: Adapter) -> list[str]:
     ]
 
 
-def _touches(adapter: Adapter, target: str) -> bool:
-    return any(p.target == target and p.site == "weight" for p in adapter.parts)
-
-
 def _edits_at(adapter: Adapter, target: str, places: Places, untie: bool) -> list[Edit]:
     overrides, weights = _split(adapter, target)
     found: list[Edit] = []
     source = name = places.stored(target, "weight", required=bool(weights) or f"{target}.weight" in overrides)
     replaces_head = target == places.head and f"{target}.weight" in overrides
-    if places.tied and (replaces_head or (weights and target in (places.embedding, places.head))):
+    if places.tied and (replaces_head or (weights and (source == places.table or target == places.head))):
         if not weights and _copies_the_table(adapter, overrides[f"{target}.weight"], places):
             return []
         if not untie:
             raise TargetError(f"'{target}' is tied: the head and the embedding are one tensor ({places.table})")
         if target == places.head:
-            name, source = f"{places.head}.weight", places.table
+            name, source = places.head_name, places.table
     bias = places.stored(target, "bias", required=f"{target}.bias" in overrides)
     kind = places.kind(target, [part for _, part in weights])
     shape = places.shape(source or bias or "", kind, bias is not None)
@@ -269,11 +270,26 @@ class Places:
             self.embedding, self.head = rows.embed_path, rows.head_path
         except VeneerError:  # not one of the native families: the conventional names, and shapes decide
             self.kinds = {}
-            self.embedding = next((e for e in EMBEDDINGS if self.find(e, "weight")), EMBEDDINGS[0])
             self.head = next((h for h in HEADS if self.find(h, "weight")), HEADS[0])
+            named = next((e for e in EMBEDDINGS if self.find(e, "weight")), None)
+            self.embedding = named or self._widest() or EMBEDDINGS[0]
         stored_head = self.find(self.head, "weight")
-        self.tied = bool(config.get("tie_word_embeddings", stored_head is None))
         self.table = self.find(self.embedding, "weight") or f"{self.embedding}.weight"
+        self.head_name = stored_head or f"{self.head}.weight"
+        self.tied = bool(config.get("tie_word_embeddings", stored_head is None)) and not self._head_differs(stored_head)
+
+    def _widest(self) -> str | None:
+        """The module that keeps one row for each token of the vocabulary and is no head, under whatever name."""
+        rows = self._tensors.config.get("vocab_size")
+        sizes = {name: self._tensors.shape(name) for name in self._tensors.names() if name.endswith(".weight")}
+        found = [_stem(n) for n, size in sizes.items() if len(size) == 2 and size[0] == rows and _stem(n) not in HEADS]
+        return found[0] if len(found) == 1 else None
+
+    def _head_differs(self, stored: str | None) -> bool:
+        """Whether the checkpoint has a head that is not its embedding, whatever config.json says."""
+        if stored is None or self.table not in self._tensors:
+            return False
+        return not torch.equal(self._tensors.tensor(stored), self._tensors.tensor(self.table))
 
     def find(self, target: str, what: str) -> str | None:
         """The stored name of `target.what`: as it is, or without the model's prefix."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from veneer.errors import FormatError, NotFound, Unsupported, VeneerError
 from veneer.formats.card import licence_in
 from veneer.formats.checkpoint import DTYPES, PICKLES, Checkpoint, TensorFile, open_checkpoint, plain_file, read_json
+from veneer.merge.plan import Places
 from veneer.models.base import Base
 from veneer.models.catalog import CATALOG, find, is_installed
 from veneer.models.checkpoint import RENAMED, shapes
@@ -152,6 +153,8 @@ class FolderStore(Store):
                 f"{path} is a quantised checkpoint ({method}): an update would be rounded away on its grid",
                 help="merge into the unquantised checkpoint and quantise the result",
             )
+        if self.config.get("tie_word_embeddings") and not Places(self).tied:
+            self.config["tie_word_embeddings"] = False  # it stores another head, which counts for transformers too
 
     def __contains__(self, name: object, /) -> bool:
         return isinstance(name, str) and name in self._checkpoint
@@ -219,7 +222,11 @@ class BaseStore(Store):
         return back.get(name, name)
 
     def __contains__(self, name: object, /) -> bool:
-        return isinstance(name, str) and self._canonical(name) in self._shapes
+        return (
+            isinstance(name, str)
+            and self._canonical(name) in self._shapes
+            and self._public(self._canonical(name)) == name
+        )
 
     def names(self) -> Sequence[str]:
         return [self._public(name) for name in self._shapes]
@@ -290,7 +297,10 @@ def write_shards(folder: Path, shards: Sequence[Shard], produce: Produce, worker
     if len(shards) > 1 or shards[0].file != SINGLE:
         entries = [(shard.file, entry) for shard in shards for entry in shard.entries]
         index = {
-            "metadata": {"total_size": sum(entry.nbytes for _, entry in entries)},
+            "metadata": {
+                "total_size": sum(entry.nbytes for _, entry in entries),
+                "total_parameters": sum(math.prod(entry.shape) for _, entry in entries),
+            },
             "weight_map": {entry.name: file for file, entry in sorted(entries, key=lambda pair: pair[1].name)},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
