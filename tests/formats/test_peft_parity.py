@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.formats.tiny import gpt2, llama, stir
 from tests.laws.world import fresh, method, world
@@ -190,6 +190,24 @@ def test_embeddings_that_peft_saves_beside_the_adapter(
         assert "PEFT leaves the head alone" not in caplog.text
         if target == "q_proj" or not tied:  # an update of a tied embedding can't be merged for one side
             torch.testing.assert_close(logits(put_into(base, adapter)), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_modules_that_peft_saves_whole_and_once_more_as_embeddings(tmp_path: Path) -> None:
+    """With grown embeddings in modules_to_save its file has each table three times: trained, trained, and as it was."""
+    base = llama(tie_word_embeddings=False)
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(66, mean_resizing=False)
+    made = wrapped(model, lora_config({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}))
+    made.save_pretrained(tmp_path, save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("original_module" in key for key in stored) == 2
+    wide = copy.deepcopy(base)
+    wide.resize_token_embeddings(66, mean_resizing=False)
+    torch.testing.assert_close(logits(put_into(wide, Adapter.load(tmp_path))), logits(made), rtol=1e-4, atol=1e-4)
+    torn = {key: t + 1 if key == "base_model.model.lm_head.weight" else t for key, t in stored.items()}
+    save_file(torn, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="lm_head"):
+        Adapter.load(tmp_path)
 
 
 def test_grown_embeddings_come_back_and_fit_no_smaller_base(tmp_path: Path) -> None:

@@ -137,6 +137,33 @@ def test_a_tokenizer_that_no_one_can_build_is_refused(tmp_path: Path) -> None:
         GgufFile(tmp_path / "m.gguf").tokenizer_files(tmp_path)
 
 
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("adds", [None, True, False])
+def test_a_sentencepiece_text_begins_with_a_space_where_the_file_says_so(
+    arch: str, adds: bool | None, tmp_path: Path
+) -> None:
+    pieces = ["▁", "h", "i", "▁h", "hi", "▁hi", "▁▁"]
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), arch)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces])
+    writer.add_token_scores([-1000.0] * 259 + [-float(i) for i in range(len(pieces))])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(pieces)])
+    writer.add_bos_token_id(1)
+    if adds is not None:
+        writer.add_add_space_prefix(adds)
+    writer.add_tensor("token_embd.weight", torch.zeros(2, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    GgufFile(tmp_path / "m.gguf").tokenizer_files(tmp_path)
+    fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
+    said = adds is not False and arch != "gemma2"  # Gemma's never does
+    assert fast.encode("hi hi", add_special_tokens=False).tokens == ["▁hi" if said else "hi", "▁hi"]
+    for text in ("hi hi", " hi", "hi  hi", "héhi"):
+        assert fast.decode(fast.encode(text, add_special_tokens=False).ids) == text or said
+
+
 def test_what_changes_text_before_it_is_cut_has_no_name() -> None:
     data = json.loads(as_in_a_checkpoint("qwen2").to_str())
     assert name_of(data) == "qwen2" == name_of(data | {"normalizer": None})

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from veneer.methods import PeftForm
@@ -56,7 +57,7 @@ def sort_keys(tensors: Mapping[str, Tensor], form: PeftForm) -> Sorted:
     found = Sorted()
     patterns = [(suffix, _pattern(suffix)) for suffix in sorted(suffixes(form), key=len, reverse=True)]
     shared = [(suffix, _pattern(suffix)) for suffix in form.shared.values()]
-    for key, tensor in tensors.items():
+    for key, tensor in _without_bystanders(tensors).items():
         name = _WRAPPERS.sub("", key)
         inner = name.removeprefix(PREFIX)
         own = _match(inner, patterns)
@@ -74,6 +75,22 @@ def sort_keys(tensors: Mapping[str, Tensor], form: PeftForm) -> Sorted:
         else:
             found.strange.append(key)
     return found
+
+
+def _without_bystanders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file without what PEFT writes beside a module saved whole when it also saves embedding layers: its copy, twice.
+
+    `lm_head.modules_to_save.weight` is what was trained, `lm_head.original_module.weight` what was there before, and
+    `lm_head.weight` the first once more.
+    """
+    saved = {_SAVED_MODULE.sub("", key): key for key in tensors if _SAVED_MODULE.search(key)}
+
+    def stands_by(key: str) -> bool:
+        if ".original_module." in key:
+            return key.replace(".original_module.", ".") in saved
+        return key in saved and torch.equal(tensors[key], tensors[saved[key]])
+
+    return {key: tensor for key, tensor in tensors.items() if not stands_by(key)}
 
 
 def natural(paths: Iterable[str]) -> list[str]:

@@ -344,5 +344,6 @@ class Places:
             wanted = stored.shape if override.rows is None else (len(override.rows), stored.shape[1])
             if tuple(override.value.shape) != tuple(wanted):
                 raise TargetError(
-                    f"'{edit.name}' is {list(stored.shape)}, the adapter has {list(override.value.shape)}"
+                    f"'{edit.name}' is {list(stored.shape)}, the adapter has {list(override.value.shape)}: another base, "
+                    "or this one with tokens added to it"
                 )

@@ -40,7 +40,7 @@ from veneer.models.families import decoder_config, layout
 from veneer.models.packed import pack
 from veneer.models.sources import Source, config_of, files_of, open_source
 
-VERSION = 3  # of what is in a converted folder; a new number leaves older folders alone
+VERSION = 4  # of what is in a converted folder; a new number leaves older folders alone
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Decoder:
         ]:
             raise FormatError(
                 f"this adapter does not fit the base:\n{listed(misfits)}",
-                help="was it made for another base, or for this one with a resized vocabulary?",
+                help="use the base it was made for; where that had tokens added to it, make it with transformers "
+                "(resize_token_embeddings, save_pretrained, with the adapter's tokenizer) and load that folder",
             )
 
     # -- the pass ------------------------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ class GgufFile:
     def tokenizer_files(self, folder: Path) -> None:
         """Write tokenizer.json and its settings, where the file has a tokenizer."""
         if self._field("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
-            from_gguf(self._file.path, folder, self._cut, self._field("tokenizer.ggml.add_bos_token"))
+            begins = (self._field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "add_space_prefix"))
+            from_gguf(self._file.path, folder, self._cut, *begins)
 
     def _cut_of_text(self) -> Cut | None:
         """How text is cut before merging, where that is a question: for a byte-level BPE."""

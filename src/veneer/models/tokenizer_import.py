@@ -56,11 +56,11 @@ def copy_or_import(source: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
-def from_gguf(path: Path, folder: Path, cut: Cut | None, adds_bos: bool | None) -> None:
+def from_gguf(path: Path, folder: Path, cut: Cut | None, adds_bos: bool | None, adds_space: bool | None) -> None:
     """The tokenizer, its special tokens and the chat template out of a .gguf file's metadata.
 
     cut       how a byte-level BPE cuts text: transformers knows some of the names only, and takes GPT-2's way for the others
-    adds_bos  whether texts begin with BOS, None where the file does not say so
+    adds_bos, adds_space  whether texts begin with BOS, and with a space (sentencepiece), None where the file does not say so
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -74,9 +74,24 @@ def from_gguf(path: Path, folder: Path, cut: Cut | None, adds_bos: bool | None) 
                 help="load the checkpoint's folder or hub id instead: it has a tokenizer.json",
             ) from error
         made.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text("utf-8"))
     if cut is not None:
-        file = folder / "tokenizer.json"
-        file.write_text(json.dumps(cut_as(json.loads(file.read_text("utf-8")), cut), ensure_ascii=False), "utf-8")
+        data = cut_as(data, cut)
+    elif adds_space is False:
+        data = _without_space(data)
+    file.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+
+
+def _without_space(data: dict[str, Any]) -> dict[str, Any]:
+    """A sentencepiece tokenizer.json that begins no text with a space, and takes none away; transformers always does."""
+    cut = data.get("pre_tokenizer") or {}
+    if cut.get("type") == "Metaspace":
+        data["pre_tokenizer"] = {**cut, "prepend_scheme": "never"}
+    for key, steps, added in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
+        if data.get(key) and steps in data[key]:
+            data[key][steps] = [step for step in data[key][steps] if step["type"] != added]
+    return data
 
 
 @contextmanager
