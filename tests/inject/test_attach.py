@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapter import Adapter, Part
 from veneer.errors import Conflict, TargetError, Unsupported
 from veneer.inject import ModuleSource, attach, create
-from veneer.methods import merged
+from veneer.methods import merged, parse
 from veneer.methods.lora import LoRA
 
 
@@ -259,3 +259,27 @@ def test_sites_that_a_plain_module_lacks_are_refused_with_the_way_out() -> None:
     adapter = Adapter(LoRA(), (Part("prompt", "tokens", None, {"rows": torch.zeros(2, 4)}),))
     with pytest.raises((Unsupported, TargetError)):
         attach(mlp(), adapter)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera", "shira", "bitfit", "lora_xs", "full"])
+def test_a_model_may_be_cast_and_loaded_after_it_was_adapted(kind: str) -> None:
+    """As `.to(device)` does: the layers' tensors are others then."""
+    model = mlp()
+    spec = parse({"kind": kind, "targets": ["0"], **({} if kind in ("ia3", "bitfit", "full") else {"rank": 2})})
+    made = create(ModuleSource(model), spec, torch.Generator().manual_seed(3))
+    noise = torch.Generator().manual_seed(4)
+    adapter = made.map_tensors(
+        lambda t: t + 0.1 * torch.randn(t.shape, generator=noise) if t.is_floating_point() else t
+    )
+    attach(model, adapter)
+    before = run(model)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).double()
+    assert torch.allclose(model.to(torch.float64)(x), before.double(), atol=1e-5)
+    model.to(torch.float32)
+    other = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(model[0].layer, name).copy_(getattr(other[0], name))
+            getattr(model[2], name).copy_(getattr(other[2], name))
+    attach(other, adapter)
+    assert torch.allclose(run(model), run(other), atol=1e-6)

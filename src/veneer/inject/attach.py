@@ -175,7 +175,7 @@ def attach(model: nn.Module, adapter: Adapter) -> Handle:
         layer = model.get_submodule(path)
         on_host = host_kind(layer) is not None and all(part.site != "sublayer" for _, part in methods)
         layers[path] = (
-            AdaptedLayer(layer, module_host(layer), methods, shared, scale=output_scale(layer))
+            AdaptedLayer(layer, module_host, methods, shared, scale=output_scale(layer))
             if on_host
             else AdaptedModule(layer, methods, {})
         )
@@ -193,7 +193,7 @@ def _share_tables(model: nn.Module, source: ModuleSource, layers: dict[str, Adap
                 continue
             if isinstance(model.get_submodule(path.rpartition(".")[0]), Adapted):
                 raise Conflict(f"'{path}' reads the table that this adapter changes, and carries one already")
-            reader = layers.get(path) or AdaptedLayer(module, module_host(module), (), {}, scale=output_scale(module))
+            reader = layers.get(path) or AdaptedLayer(module, module_host, (), {}, scale=output_scale(module))
             assert isinstance(reader, AdaptedLayer)
             if not reader.replaces:
                 reader.tied, layers[path] = adapted.table, reader

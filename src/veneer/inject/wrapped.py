@@ -48,6 +48,9 @@ class Adapted(nn.Module):
 
     def live(self) -> list[Bound]:
         """Each method with its part, present and shared tensors in it."""
+        if self.shared and self.tensors:  # they follow the live ones where the model is moved or cast
+            like = next(iter(self.tensors.values()))
+            self.shared = {name: t.to(like) if t.is_floating_point() else t for name, t in self.shared.items()}
         return [
             (method, replace(part, tensors={**self.shared, **part.tensors}))
             for (method, _), part in zip(self.methods, self.parts(), strict=True)
@@ -57,6 +60,7 @@ class Adapted(nn.Module):
 class AdaptedLayer(Adapted):
     """A layer with a host: replaced tensors first, then each part on the output of the one before.
 
+    host   makes a host of the layer
     scale  what the layer multiplies its output by, as some embeddings do
     tied   the table `[rows, width]` of an embedding that reads the same tensor, where an adapter replaces rows there
     """
@@ -64,15 +68,28 @@ class AdaptedLayer(Adapted):
     def __init__(
         self,
         layer: nn.Module,
-        host: Host,
+        host: Callable[[nn.Module], Host],
         methods: Sequence[Bound],
         shared: Mapping[str, Tensor],
         *,
         scale: Tensor | float | None = None,
     ) -> None:
         super().__init__(layer, sorted(methods, key=lambda bound: bound[1].site != "override"), shared)
-        self.host, self.scale = host, scale
+        self._host, self.scale = host, scale
+        self._seen = self._state(), host(layer)
         self.tied: Callable[[], Tensor] | None = None
+
+    @property
+    def host(self) -> Host:
+        """The layer as a host, made anew where the model was moved, cast or loaded since."""
+        state = self._state()
+        if state != self._seen[0]:
+            self._seen = state, self._host(self.layer)
+        return self._seen[1]
+
+    def _state(self) -> tuple[Any, ...]:
+        weight = self.weight
+        return weight.data_ptr(), weight.dtype, weight.device, weight._version
 
     @property
     def replaces(self) -> bool:

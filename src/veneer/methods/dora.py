@@ -73,7 +73,8 @@ def row_norms(a: Tensor, b: Tensor, host: Host) -> Tensor:
     """|row| of W + B A for each output row, fp32 `[out]`, without forming it. The scale is in `b`."""
     a, b = a.detach(), b.detach().float()
     if host not in _squares:
-        _squares[host] = torch.linalg.vector_norm(host.weight(), dim=1, dtype=torch.float32).square()
+        wide = torch.promote_types(host.dtype, torch.float32)
+        _squares[host] = torch.linalg.vector_norm(host.weight(), dim=1, dtype=wide).square().float()
     cross = (host.weight() @ a.to(host.dtype).t()).float()
     gram = a.float() @ a.float().t()
     squared = _squares[host] + 2 * (b * cross).sum(1) + (b @ gram * b).sum(1)
