@@ -65,7 +65,6 @@ class Fidelity:
     tensor: str
     lost: float
     relative: float
-    delta_norm: float
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,6 @@ class _Job:
                 name,
                 share_lost(made.lost_square, made.delta_square),
                 (made.delta_square / made.weight_square) ** 0.5 if made.weight_square > 0 else 0.0,
-                made.delta_square**0.5,
             )
             for name, made in ((name, self.results[name]) for name in self.edits)
         )
