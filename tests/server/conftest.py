@@ -89,9 +89,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     server.stop()
 
 
-ALICE, ADMIN, TIGHT = "vn-alice", "vn-admin", "vn-tight"
+ALICE, ADMIN, TIGHT, EDITOR = "vn-alice", "vn-admin", "vn-tight", "vn-editor"
 KEYS = (
     Key(name="alice", sha256=hashed(ALICE), adapters=("tickets", "leg*")),
+    Key(name="editor", sha256=hashed(EDITOR), adapters=("tickets",), admin=frozenset({"alias"})),
     Key(name="admin", sha256=hashed(ADMIN), adapters=("*", "base"), admin=frozenset({"read", "load", "alias"})),
     Key(name="tight", sha256=hashed(TIGHT), requests_per_minute=2, concurrent=1),
 )

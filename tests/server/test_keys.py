@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import ADMIN, ALICE, TIGHT, Running
+from tests.server.conftest import ADMIN, ALICE, EDITOR, TIGHT, Running
 from veneer.cli.main import run
 from veneer.errors import Busy, ConfigError, Denied
 from veneer.server.keys import LOCAL, Key, Keyring, hashed, new_key, read_keys, require
@@ -65,21 +65,28 @@ def test_limits_refill_with_time() -> None:
     now = [0.0]
     key = Key(name="a", sha256="0" * 64, requests_per_minute=2, tokens_per_minute=60, concurrent=2)
     ring = Keyring([key], clock=lambda: now[0])
-    ring.begin(key, 10)
-    ring.begin(key, 10)
+    for _ in range(2):
+        ring.begin(key)
+        ring.spend(key, 10)
     with pytest.raises(Busy, match="running"):
-        ring.begin(key, 1)
+        ring.begin(key)
     ring.end(key, 30)
     ring.end(key, 30)
     with pytest.raises(Busy, match="requests") as error:
-        ring.begin(key, 1)
+        ring.begin(key)
     assert error.value.retry_after == pytest.approx(30.0)
     now[0] = 30.0
+    ring.begin(key)
     with pytest.raises(Busy, match="tokens") as error:
-        ring.begin(key, 20)
+        ring.spend(key, 20)
     assert error.value.retry_after == pytest.approx(10.0)
-    now[0] = 45.0
-    ring.begin(key, 20)
+    ring.end(key, 45)
+    now[0] = 60.0
+    with pytest.raises(Busy, match="tokens"):  # nobody reads a prompt for a key that is in debt
+        ring.begin(key)
+    now[0] = 90.0
+    ring.begin(key)
+    ring.spend(key, 20)
 
 
 def test_scopes() -> None:
@@ -129,10 +136,16 @@ def test_keys_over_http(guarded: Running) -> None:
 
 def test_an_error_names_no_adapter_that_the_key_may_not_use(guarded: Running) -> None:
     """The hint on a name that is not there knows all names; a restricted key is sent to its own list instead."""
-    for asked in ("nothing-like-it", "legal-nothing", "loca", "tickets@nothing"):
+    for asked, status in (("nothing-like-it", 403), ("legal-nothing", 404), ("loca", 403), ("tickets@nothing", 404)):
         told = guarded.client(ALICE).post("/v1/completions", json={"model": asked, "prompt": "a"})
-        assert told.status_code == 404 and "/v1/models" in told.text
+        assert told.status_code == status and (status == 403 or "/v1/models" in told.text)
         assert "local" not in told.text and "known:" not in told.text
+    there, absent = (
+        guarded.client(ALICE).post("/v1/completions", json={"model": name, "prompt": "a"})
+        for name in ("local", "lacol")
+    )
+    assert there.status_code == absent.status_code == 403
+    assert there.json()["error"]["message"].replace("local", "lacol") == absent.json()["error"]["message"]
     shown = guarded.client(ADMIN).post("/v1/completions", json={"model": "tickts", "prompt": "a"})
     assert shown.status_code == 404 and "did you mean 'tickets'" in shown.text
 
@@ -143,6 +156,22 @@ def test_limits_over_http(guarded: Running) -> None:
     assert [c.status_code for c in codes] == [200, 200, 429]
     assert int(codes[2].headers["retry-after"]) >= 1
     assert codes[2].json()["error"]["code"] == "rate_limit_exceeded"
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}}
+    wrong = {"model": "tickets", "messages": [{"role": "user", "content": "hi"}], **schema}
+    assert guarded.client(ALICE).post("/v1/chat/completions", json=wrong).status_code == 400
+    assert tight.post("/v1/chat/completions", json=wrong).status_code == 429  # it is not even read
+
+
+def test_aliases_are_moved_by_those_who_may_use_the_adapter(guarded: Running) -> None:
+    editor, before = guarded.client(EDITOR), guarded.library.aliases("legal")
+    for path, body in (
+        ("alias", {"ref": "legal@1", "alias": "mine"}),
+        ("alias", {"ref": "nothing@1", "alias": "mine"}),
+        ("rollback", {"name": "legal"}),
+    ):
+        assert editor.post(f"/admin/{path}", json=body).status_code == 403
+    assert guarded.library.aliases("legal") == before
+    assert editor.post("/admin/alias", json={"ref": "tickets@1", "alias": "mine"}).status_code == 200
 
 
 def test_bodies_have_a_limit_whatever_the_headers_say(guarded: Running) -> None:

@@ -159,6 +159,7 @@ async def cool(request: Request) -> dict[str, Any]:
 async def alias(body: Move, request: Request) -> dict[str, Any]:
     """Move an alias at once, or not at all. Requests that run keep their version."""
     service = _allowed(request, "alias")
+    key_of(request).check_use(body.ref.partition("@")[0])
     moved = await asyncio.to_thread(
         lambda: _library(service).alias(body.ref, body.alias, weight=body.weight, reason=body.reason)
     )
@@ -169,6 +170,7 @@ async def alias(body: Move, request: Request) -> dict[str, Any]:
 async def rollback(body: Back, request: Request) -> dict[str, Any]:
     """Point an alias at what it pointed to before."""
     service = _allowed(request, "alias")
+    key_of(request).check_use(body.name)
     moved = await asyncio.to_thread(lambda: _library(service).rollback(body.name, body.alias, reason=body.reason))
     return {"name": moved.name, "alias": moved.alias, "version": moved.version, "weight": moved.weight}
 

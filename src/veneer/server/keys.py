@@ -6,7 +6,7 @@ A keys file (YAML) holds hashes, never keys:
       - name: support-team
         sha256: 9f2c...
         adapters: [tickets, "legal-*", base]
-        admin: []                       # read, load, alias
+        admin: []                       # read (everything the server knows, all names included), load, alias
         requests_per_minute: 120
         tokens_per_minute: 60000
         concurrent: 8
@@ -53,6 +53,12 @@ class Key(BaseModel):
     def may_use(self, adapter: str | None) -> bool:
         """Whether this key may ask for an adapter (its name without version), or for the bare base (None)."""
         return any(fnmatch.fnmatchcase(BASE if adapter is None else adapter, pattern) for pattern in self.adapters)
+
+    def check_use(self, adapter: str | None) -> None:
+        """Denied unless `may_use`."""
+        if not self.may_use(adapter):
+            what = "the bare base" if adapter is None else repr(adapter[:100])
+            raise Denied(f"the key '{self.name}' may not use {what}", known=True)
 
 
 LOCAL = Key(name="local", sha256="0" * 64, admin=frozenset({"read", "load", "alias"}))
@@ -152,22 +158,26 @@ class Keyring:
             raise Denied("this API key is not known", known=False)
         return found
 
-    def begin(self, key: Key, prompt_tokens: int) -> None:
-        """Take one request from the key's limits, or Busy with the time to wait."""
+    def begin(self, key: Key) -> None:
+        """Take one request from the key's limits, or Busy with the time to wait. Then `spend` its prompt, and `end` it."""
         with self._lock:
             now = self._clock()
             account = self._accounts.setdefault(key.name, _Account(key, now))
             if key.concurrent and account.running >= key.concurrent:
                 raise Busy(f"the key '{key.name}' has {account.running} requests running already", retry_after=1.0)
-            for bucket, need, what in ((account.requests, 1, "requests"), (account.tokens, prompt_tokens, "tokens")):
-                wait = 0.0 if bucket is None else bucket.wait(now, need)
-                if wait > 0:
-                    raise Busy(f"the key '{key.name}' has used up its {what} for this minute", retry_after=wait)
+            for bucket, what in ((account.requests, "requests"), (account.tokens, "tokens")):
+                _require(bucket, now, 1, key, what)
             if account.requests is not None:
                 account.requests.take(1)
+            account.running += 1
+
+    def spend(self, key: Key, prompt_tokens: int) -> None:
+        """Take a prompt from the key's tokens, or Busy with the time to wait."""
+        with self._lock:
+            account = self._accounts[key.name]
+            _require(account.tokens, self._clock(), prompt_tokens, key, "tokens")
             if account.tokens is not None:
                 account.tokens.take(prompt_tokens)
-            account.running += 1
 
     def end(self, key: Key, completion_tokens: int) -> None:
         """The request is over."""
@@ -177,6 +187,12 @@ class Keyring:
             if account.tokens is not None:
                 account.tokens.wait(self._clock(), 0.0)
                 account.tokens.take(completion_tokens)
+
+
+def _require(bucket: _Bucket | None, now: float, need: float, key: Key, what: str) -> None:
+    wait = 0.0 if bucket is None else bucket.wait(now, need)
+    if wait > 0:
+        raise Busy(f"the key '{key.name}' has used up its {what} for this minute", retry_after=wait)
 
 
 def require(key: Key, action: Action) -> None:

@@ -180,9 +180,14 @@ async def _answer(
     most = service.engine.limits.waiting
     if len(prompts) * body.n > most:
         raise ConfigError(f"{len(prompts) * body.n:,} answers are asked for at once; this server takes {most:,}")
-    tickets = await asyncio.to_thread(read)
-    echoes = [_text(service, prompt) if echo else "" for prompt in prompts]
-    service.keyring.begin(key, sum(len(ticket.tokens) for ticket in tickets))
+    service.keyring.begin(key)  # before the work of reading the prompts and schemas of a client that has no right to it
+    try:
+        tickets = await asyncio.to_thread(read)
+        echoes = [_text(service, prompt) if echo else "" for prompt in prompts]
+        service.keyring.spend(key, sum(len(ticket.tokens) for ticket in tickets))
+    except BaseException:
+        service.keyring.end(key, 0)
+        raise
     identity = (service.base.identity or "unknown")[:12]
     mark = f"{identity}-{'+'.join(d[:12] for d in asked.digests)}" if asked.digests else identity
     heading = bodies.Heading(id, int(time.time()), body.model or service.base.name, mark, chat)

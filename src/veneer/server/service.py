@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from veneer.engine import Engine, Finished, Use
 from veneer.engine.hot import MERGED
-from veneer.errors import ConfigError, Denied, NotFound
+from veneer.errors import ConfigError, NotFound
 from veneer.library import Library
 from veneer.models.base import Base
 from veneer.server.keys import Key, Keyring
@@ -66,11 +66,11 @@ class Service:
                 help=f"set model to '{self.base.name}' and list all in the adapter field",
             )
         wanted = list(adapters) if named is None else [Use(named)]
+        for name in [use.name.partition("@")[0] for use in wanted] or [None]:
+            key.check_use(name)  # before anything is looked up: what is there and what isn't look alike from outside
         found = [self._one(use, draw, key) for use in wanted]
-        names: list[str | None] = [name for _, name, _ in found]
-        for name in names or [None]:
-            if not key.may_use(name):
-                raise Denied(f"the key '{key.name}' may not use {name or 'the bare base'}", known=True)
+        for _, name, _ in found:
+            key.check_use(name)
         return Asked(
             tuple(use for use, _, _ in found),
             tuple(name for _, name, _ in found),
