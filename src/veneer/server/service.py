@@ -66,8 +66,10 @@ class Service:
                 help=f"set model to '{self.base.name}' and list all in the adapter field",
             )
         wanted = list(adapters) if named is None else [Use(named)]
-        for name in [use.name.partition("@")[0] for use in wanted] or [None]:
-            key.check_use(name)  # before anything is looked up: what is there and what isn't look alike from outside
+        for use in wanted:  # before anything is looked up: what is there and what isn't look alike from outside
+            key.check_use(use.name.partition("@")[0])
+        if not wanted:
+            key.check_use(None)
         found = [self._one(use, draw, key) for use in wanted]
         for _, name, _ in found:
             key.check_use(name)
