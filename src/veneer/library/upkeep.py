@@ -81,20 +81,24 @@ def spare_files(blobs: Blobs, connection: Connection, *, unknown: bool = False) 
 def _left_out(
     blobs: Blobs, connection: Connection, paths: Sequence[str], following: Mapping[str, int]
 ) -> dict[tuple[str, int], Manifest | None]:
-    """Manifests among `paths` that a `rebuild` met, by name and number; None for one that can't be read.
+    """Manifests among `paths` that a `rebuild` met, by name and number; None for one that can't be read, whatever its number.
 
-    The catalogue has counted past their numbers. A killed writer's number is still to be given; a removed one is known as such.
+    The catalogue has counted past their numbers. A killed writer's number is still to be given, and its manifest is whole; a
+    removed one is known as such.
     """
     c = t.removed.c
     removed = {(name, version) for name, version in connection.execute(select(c.name, c.version))}
     found: dict[tuple[str, int], Manifest | None] = {}
     for path in paths:
         place = _numbered(blobs, path)
-        if place is not None and place not in removed and place[1] < following.get(place[0], 0):
-            try:
-                found[place] = _manifest_at(blobs, path)[0]
-            except VeneerError:
-                found[place] = None
+        if place is None or place in removed:
+            continue
+        try:
+            manifest = _manifest_at(blobs, path)[0]
+        except VeneerError:
+            manifest = None
+        if manifest is None or place[1] < following.get(place[0], 0):
+            found[place] = manifest
     return found
 
 
