@@ -251,6 +251,8 @@ def test_an_unknown_model_is_never_the_base(client: Any, model: str) -> None:
     "change,param",
     [
         ({"temperature": 3}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"n": True}, "n"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"n": 0}, "n"),
         ({"stop": ""}, "stop"),

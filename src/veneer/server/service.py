@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from veneer.engine import Engine, Finished, Use
 from veneer.engine.hot import MERGED
 from veneer.errors import ConfigError, NotFound
-from veneer.library import Library
 from veneer.models.base import Base
 from veneer.server.keys import Key, Keyring
 from veneer.server.loop import EngineLoop
@@ -149,24 +148,3 @@ class Service:
 
     def _titles(self, keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted({self.names.get(key, key[:12]) for key in keys if key}))
-
-
-def make_service(
-    base: Base,
-    *,
-    library: Library | None = None,
-    keyring: Keyring | None = None,
-    settings: Settings | None = None,
-    engine: Engine | None = None,
-) -> Service:
-    """A service with sensible parts where none are given."""
-    settings = settings or Settings()
-    shelf = Shelf(library)
-    return Service(
-        base,
-        engine or Engine(base, source=shelf),
-        shelf,
-        keyring or Keyring(),
-        settings,
-        Metrics(settings.named_adapters),
-    )

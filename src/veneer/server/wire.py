@@ -11,14 +11,15 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
 
 from veneer.engine import Constraint, Request, Sampling, Use
 from veneer.errors import ConfigError, Unsupported
+from veneer.registry import Declared
 
 
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Wire(Declared):
+    """A body, or a part of one."""
 
 
 class AdapterUse(Wire):
