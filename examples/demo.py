@@ -201,8 +201,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=24, help="held-out questions answered by each")
     args = parser.parse_args()
     begin = time.perf_counter()
-    if args.out.exists():
-        shutil.rmtree(args.out)
+    mark = args.out / ".made-by-the-demo"
+    ours = mark.exists() or (args.out / "demo.json").exists()
+    if args.out.exists() and not ours and (not args.out.is_dir() or any(args.out.iterdir())):
+        sys.exit(f"{args.out} is there already and no earlier demo made it; nothing was touched. Choose another --out")
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    mark.touch()
 
     console.rule("1  the base")
     base = vn.load_base("smollm2-135m")

@@ -26,6 +26,14 @@ _EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def cache_folder() -> Path:
+    """What may be made again is kept here: $VENEER_CACHE, or veneer/ in $XDG_CACHE_HOME (an absolute path) or ~/.cache."""
+    if chosen := os.environ.get("VENEER_CACHE"):
+        return Path(chosen)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "veneer"
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A private name beside `path` for a file or a folder, which takes its place when the block ends well.

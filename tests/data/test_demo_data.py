@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,11 @@ def test_shell_evaluation_lists_what_is_accepted() -> None:
 def test_the_whole_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 3_000_000
     assert len(data.load(FOLDER / "general.jsonl")) == 200
+
+
+def test_the_demo_touches_no_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = [sys.executable, str(FOLDER.parent / "demo.py"), "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1 and "nothing was touched" in ran.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tests.models import tiny
 from veneer.base.formats import load_all as load_formats
 from veneer.errors import ConfigError, FormatError, NotFound, ResourceError, Unsupported, VeneerError
+from veneer.files import cache_folder
 from veneer.models import cache, convert, mapped, sources
 from veneer.models.base import bound
-from veneer.models.cache import cache_folder
 from veneer.models.catalog import CATALOG, Entry, find
 from veneer.models.dtype import bfloat16_is_faster
 from veneer.models.load import load_base
@@ -432,8 +432,11 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("VENEER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "veneer"
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
+    for nowhere in ("", "relative/folder"):  # as the XDG specification has it
+        monkeypatch.setenv("XDG_CACHE_HOME", nowhere)
+        assert cache_folder() == tmp_path / ".cache" / "veneer"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / ".cache" / "veneer"
 
 

@@ -26,7 +26,7 @@ def listing(context: typer.Context, as_json: Json = False) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from veneer.models.cache import cache_folder
+    from veneer.files import cache_folder
     from veneer.models.convert import local_bases
 
     local = [

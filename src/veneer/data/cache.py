@@ -19,7 +19,7 @@ import numpy as np
 from veneer.data.masking import TextTokenizer, TrainOn
 from veneer.data.read import file_digest, load
 from veneer.data.tokens import Dataset, OnTooLong, check_choices, encode
-from veneer.files import replacing
+from veneer.files import cache_folder, replacing
 
 LAYOUT = 2
 """Raise when encoding changes what it gives for the same input."""
@@ -40,8 +40,6 @@ def prepare(
     cache: Path | None = None,
 ) -> Dataset:
     """`encode(load(path))`, from the cache where the same was asked before. `cache` is its root (None: `cache_folder()`)."""
-    from veneer.models.cache import cache_folder  # brings torch
-
     check_choices(max_length, on_too_long, train_on)
     made_from = {
         "layout": LAYOUT,

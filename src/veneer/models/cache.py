@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +23,10 @@ from typing import Any
 
 from veneer import files
 from veneer.errors import FormatError, ResourceError
+from veneer.files import cache_folder
 from veneer.models.mapped import digest_of
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where converted bases are kept."""
-    chosen = os.environ.get("VENEER_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from veneer.errors import NotFound, ResourceError
-from veneer.models.cache import cache_folder, replacing
+from veneer.files import cache_folder
+from veneer.models.cache import replacing
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from torch import Tensor
 from veneer.base.identity import Hasher, sampled
 from veneer.base.memory import available_bytes
 from veneer.errors import FormatError, ResourceError, listed
-from veneer.files import sweep
+from veneer.files import cache_folder, sweep
 from veneer.models import mapped
 from veneer.models.cache import (
-    cache_folder,
     digest_of_files,
     existing,
     locked,

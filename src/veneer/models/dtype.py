@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from veneer.errors import ConfigError
-from veneer.models.cache import cache_folder, read_json, remember
+from veneer.files import cache_folder
+from veneer.models.cache import read_json, remember
 from veneer.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -112,6 +112,8 @@ def resolve_paths(values: dict[str, Any], origins: Mapping[str, str], folder: Pa
     data = values.get("data")
     for key in ("train", "eval", "general"):
         if isinstance(data, dict) and isinstance(data.get(key), str) and origins.get(f"data.{key}") != "--set":
+            if "\0" in data[key]:
+                raise ConfigError(f"data.{key} is {data[key]!r}, which holds a NUL", help="no file is called so")
             data[key] = str((folder / data[key]).resolve())
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from veneer.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
@@ -95,14 +97,6 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "cc"))
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: VENEER_CACHE, or the user's cache folder."""
-    base = os.environ.get("VENEER_CACHE")
-    return (
-        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer"
-    ) / "native"
-
-
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr(FLAGS).encode() + _cpu().encode())
@@ -121,7 +115,7 @@ def _cpu() -> str:
 def _compiled() -> Path:
     compiler = _compiler()
     assert compiler is not None
-    target = cache_folder() / f"{_key(compiler)}.so"
+    target = cache_folder() / "native" / f"{_key(compiler)}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
