@@ -278,7 +278,7 @@ def test_a_cache_that_can_only_be_read_serves_what_it_holds(
     def fail(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(cache.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     assert load_base(folder, dtype="float32").identity == base.identity
 
 
