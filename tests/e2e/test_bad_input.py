@@ -167,6 +167,8 @@ def test_training_refuses(world: Path, capsys: pytest.CaptureFixture[str], name:
         ("runs: 3\n", "runs must be a list", "runs: "),
         ("base: a\ndata: {train: x}\nout: b\nmethod: lora\n", "method: expected keys and values", "every key"),
         (b"\xff\xfe\x00", "is not UTF-8", "YAML"),
+        ("base: a\ndata: {train: x}\nout: ''\n", "out: .*a run needs a folder of its own", "every key"),
+        ("base: a\ndata: {train: x}\nout: .\n", "out: .*a run needs a folder of its own", "every key"),
         ('base: a\ndata: {train: "x\\0y"}\nout: b\n', "data.train is 'x.x00y', which holds a NUL", "no file"),
     ],
 )

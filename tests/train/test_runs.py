@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,17 @@ def test_two_runs_in_one_folder_are_refused(base: Base, files: Path, tmp_path: P
     list(first)
     with pytest.raises(Conflict, match="already holds a run"):
         list(events_of(base, files, tmp_path / "run", LoRA(rank=2), False))
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_again_over_its_adapter(
+    base: Base, files: Path, tmp_path: Path
+) -> None:
+    run(base, files, tmp_path / "run", max_steps=4)
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(Conflict, match="checkpoint is gone"):
+        run(base, files, tmp_path / "run", resume=True, max_steps=4)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_resuming_another_configuration_is_refused(base: Base, files: Path, tmp_path: Path) -> None:

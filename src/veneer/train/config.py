@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from veneer import yaml_file
 from veneer.base import formats
@@ -87,6 +87,13 @@ class RunConfig(Declared):
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
     train: TrainConfig = TrainConfig()
     out: Path
+
+    @field_validator("out")
+    @classmethod
+    def _is_a_folder_of_its_own(cls, out: Path) -> Path:
+        if out == Path():
+            raise ValueError("empty, or the current folder: a run needs a folder of its own, as runs/tickets")
+        return out
 
     def spec(self) -> Method:
         """The method that the `method` section declares."""

@@ -90,6 +90,11 @@ def _run_locked(base: Base, task: Task, folder: Path, resume: bool, should_stop:
     saved = folder / "checkpoint"
     if not resume and ((folder / "adapter").exists() or checkpoint.exists(saved)):
         raise Conflict(f"{folder} already holds a run", help="go on with --resume, or choose another --out")
+    if resume and (folder / "last").exists() and not checkpoint.exists(saved):
+        raise Conflict(
+            f"{folder} holds a run whose checkpoint is gone: going on would begin at step 0, over its adapter",
+            help=f"put {saved} back, or choose another --out to begin anew",
+        )
     sizes = fit_memory(base, task.spec, task.config, task.dataset)
     run, generators = _prepare(base, task, sizes, folder)
     mark = fingerprint(base, task)
@@ -205,10 +210,10 @@ class _Writer:
             adapter.save(self.folder / "adapter")
         if not is_best:
             self._flush()  # a step that is not in the metrics must not be in the checkpoint, which would never do it again
-            adapter.save(self.folder / "last")
             checkpoint.write(
                 self.folder / "checkpoint", run.cursor, run.parameters, run.optimizer, self.generators, run.regime
             )
+            adapter.save(self.folder / "last")  # after it: where there is a last adapter, there was a checkpoint
 
     def record(self, event: Event) -> None:
         """One line of metrics per step; an evaluation joins the step it follows."""
